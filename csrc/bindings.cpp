@@ -1,0 +1,141 @@
+// Registers the launch functions as the Python module infimm_kernels._C. Tensors arrive as plain integers, so
+// the module depends on no torch version; infimm_kernels/*/cuda.py are its only callers.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "add_position_2d.h"
+#include "common/device_guard.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using infimm::AddPosition2dParams;
+using infimm::DType;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw py::value_error(message);
+}
+
+DType dtype_from_code(int code) {
+  require(code >= 0 && code <= static_cast<int>(DType::kBFloat16),
+          "dtype must be a code of DTYPES, got " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+void require_pointer(uintptr_t address, const char* name) {
+  require(address != 0, std::string(name) + " must be a device address, got 0");
+}
+
+void require_at_least(int64_t value, int64_t low, const char* name) {
+  require(value >= low,
+          std::string(name) + " must be at least " + std::to_string(low) + ", got " + std::to_string(value));
+}
+
+void throw_on_error(cudaError_t error, const std::string& op, const std::string& arguments) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(op + ": CUDA error " + std::to_string(error) + " (" + cudaGetErrorString(error) +
+                           ")" + arguments);
+}
+
+void add_position_2d(uintptr_t x, uintptr_t out, uintptr_t positions, int dtype, bool positions_are_int64,
+                     int64_t num_windows, int64_t seqlen, int64_t hidden, int64_t x_stride_window,
+                     int64_t x_stride_token, int64_t out_stride_window, int64_t out_stride_token,
+                     int64_t positions_stride_window, int64_t positions_stride_axis, bool per_token,
+                     int64_t window_height, int64_t window_width, int64_t num_prefix_tokens, int device,
+                     uintptr_t stream) {
+  AddPosition2dParams params;
+  params.dtype = dtype_from_code(dtype);
+  require_at_least(num_windows, 0, "num_windows");
+  require_at_least(seqlen, 0, "seqlen");
+  require_at_least(num_prefix_tokens, 0, "num_prefix_tokens");
+  require_at_least(device, 0, "device");
+  require(hidden > 0 && hidden % 4 == 0,
+          "hidden must be a positive multiple of 4, got " + std::to_string(hidden));
+  if (num_windows == 0 || seqlen == 0) return;
+  require_pointer(x, "x");
+  require_pointer(out, "out");
+  require_pointer(positions, "positions");
+  if (per_token) {
+    require_at_least(window_height, 0, "window_height");
+    require_at_least(window_width, 0, "window_width");
+    // Divided, not multiplied, so that no product can overflow.
+    const int64_t patches = seqlen - num_prefix_tokens;
+    const bool fits = patches == 0 ? window_height == 0 || window_width == 0
+                                   : window_height > 0 && patches % window_height == 0 &&
+                                         patches / window_height == window_width;
+    require(fits,
+            "window_height * window_width must be seqlen - num_prefix_tokens = " + std::to_string(patches) +
+                ", got " + std::to_string(window_height) + " * " + std::to_string(window_width));
+  }
+  params.x = reinterpret_cast<const void*>(x);
+  params.out = reinterpret_cast<void*>(out);
+  params.positions = reinterpret_cast<const void*>(positions);
+  params.positions_are_int64 = positions_are_int64;
+  params.num_windows = num_windows;
+  params.seqlen = seqlen;
+  params.hidden = hidden;
+  params.x_stride_window = x_stride_window;
+  params.x_stride_token = x_stride_token;
+  params.out_stride_window = out_stride_window;
+  params.out_stride_token = out_stride_token;
+  params.positions_stride_window = positions_stride_window;
+  params.positions_stride_axis = positions_stride_axis;
+  params.per_token = per_token;
+  params.window_height = window_height;
+  params.window_width = window_width;
+  params.num_prefix_tokens = num_prefix_tokens;
+
+  const infimm::DeviceGuard guard(device);
+  const cudaError_t error =
+      guard.error() != cudaSuccess
+          ? guard.error()
+          : infimm::launch_add_position_2d(params, reinterpret_cast<cudaStream_t>(stream));
+  throw_on_error(error, "add_position_2d",
+                 " for x [" + std::to_string(num_windows) + ", " + std::to_string(seqlen) + ", " +
+                     std::to_string(hidden) + "] " + infimm::dtype_name(params.dtype) + " on device " +
+                     std::to_string(device));
+}
+
+int device_count() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) return 0;
+  throw_on_error(error, "device_count", "");
+  return count;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["archs"] = py::str(INFIMM_CUDA_ARCHS).attr("split")(";");
+  info["nvcc"] = INFIMM_NVCC_VERSION;
+  info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
+      PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MICRO);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CUDA launch functions of infimm_kernels";
+
+  py::dict dtypes;
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    dtypes[infimm::dtype_name(dtype)] = static_cast<int>(dtype);
+  }
+  module.attr("DTYPES") = dtypes;
+
+  module.def("build_info", &build_info, "What the module was compiled for and with: archs, nvcc, pybind11.");
+  module.def("device_count", &device_count, "Number of usable GPUs; 0 without a driver.");
+  module.def(
+      "add_position_2d", &add_position_2d, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("positions"),
+      py::arg("dtype"), py::arg("positions_are_int64"), py::arg("num_windows"), py::arg("seqlen"),
+      py::arg("hidden"), py::arg("x_stride_window"), py::arg("x_stride_token"), py::arg("out_stride_window"),
+      py::arg("out_stride_token"), py::arg("positions_stride_window"), py::arg("positions_stride_axis"),
+      py::arg("per_token"), py::arg("window_height"), py::arg("window_width"), py::arg("num_prefix_tokens"),
+      py::arg("device"), py::arg("stream"),
+      "Asynchronous on `stream`. Pointers are device addresses, strides count elements, dtype is a code of "
+      "DTYPES.");
+}

@@ -1,0 +1,163 @@
+"""Which backend serves a call, and why another does not.
+
+A backend is a name: "reference" (eager PyTorch, any device), "triton", "cuda". Each op lists those it has in
+order of preference with a predicate that returns None for "can run" and a sentence otherwise. A CPU tensor
+goes to the reference. A CUDA tensor goes to the first default backend that can run; the reference is never
+chosen there unless it is named, so nothing becomes slow in silence. ``backend=`` and the environment variable
+``INFIMM_BACKEND`` (for debugging; the argument wins) name one.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "INFIMM_BACKEND"
+REFERENCE_BACKWARD = "backward uses the reference formula on the same device"
+
+
+class Candidate(NamedTuple):
+    """One backend of one op. `why_not` takes the op's tensors; `default` False means "only when named"."""
+
+    name: str
+    why_not: Callable[..., str | None]
+    default: bool = True
+
+
+class Availability(NamedTuple):
+    """One line of `availability`: `reason` is None where the backend runs, else why it cannot."""
+
+    op: str
+    backend: str
+    direction: str
+    reason: str | None
+    note: str
+
+
+class AotConfig(NamedTuple):
+    """One shipped configuration of a Triton kernel, as ahead-of-time compilation needs it.
+
+    signature: Triton's type of every argument that is not a constexpr; capability: the GPU's, e.g. (9, 0).
+    """
+
+    kernel: Any
+    name: str
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    capability: tuple[int, int]
+
+
+def check(backend: object) -> None:
+    """Raise ValueError unless `backend` is None or a known name."""
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def select(op_name: str, candidates: Sequence[Candidate], backend: str | None, *tensors: Tensor) -> str:
+    """The name of the backend for this call; see the module's text for the rule.
+
+    Raises ValueError for a named backend that cannot run, NotImplementedError when a CUDA call fits no
+    default one.
+    """
+    source = "backend"
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
+        source = ENVIRONMENT_VARIABLE
+    if backend == "reference":
+        return backend
+    if backend is not None:
+        if backend not in NAMES:
+            raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {backend!r}")
+        reason = next(
+            (c.why_not(*tensors) for c in candidates if c.name == backend), f"{op_name} has no such backend"
+        )
+        if reason is not None:
+            raise ValueError(
+                f"{source} must name a backend that can run {op_name}, got {backend!r}: {reason}"
+            )
+        return backend
+    if tensors[0].device.type == "cpu":
+        return "reference"
+    reasons = []
+    for candidate in candidates:
+        reason = candidate.why_not(*tensors) if candidate.default else "runs only when it is named"
+        if reason is None:
+            return candidate.name
+        reasons.append(f"{candidate.name}: {reason}")
+    raise NotImplementedError(
+        f"no backend can run {op_name} on {tensors[0].device} ({'; '.join(reasons)}); "
+        "backend='reference' runs it in eager PyTorch"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def why_not_triton_here() -> str | None:
+    """Whether the triton package can be imported; it is looked for, not imported."""
+    return None if importlib.util.find_spec("triton") is not None else "the triton package is not installed"
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """The conditions common to every Triton kernel here: the package, the device, the dtype."""
+    reason = why_not_triton_here()
+    if reason is not None:
+        return reason
+    x = tensors[0]
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 set before the first import of triton)"
+        )
+    if (
+        x.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) < (8, 0)
+    ):
+        has = torch.cuda.get_device_capability(x.device)
+        return f"needs compute capability 8.0 or newer, {x.device} has {has}"
+    for y in tensors:
+        if y.dtype == torch.float64:
+            return "float64 is not supported"
+    return None
+
+
+def availability() -> list[Availability]:
+    """Every op, backend and direction, with the reason a bf16 call cannot run on this machine's GPU."""
+    from infimm_kernels.attention.op import VARLEN_CANDIDATES, WINDOW_CANDIDATES
+    from infimm_kernels.gated_residual.op import CANDIDATES as GATED_CANDIDATES
+    from infimm_kernels.position_2d.op import CANDIDATES as POSITION_CANDIDATES
+
+    ops = (
+        ("varlen_attention", VARLEN_CANDIDATES, ((8, 1, 64),) * 3, REFERENCE_BACKWARD),
+        ("window_attention", WINDOW_CANDIDATES, ((1, 8, 3, 1, 64),), REFERENCE_BACKWARD),
+        ("add_position_2d", POSITION_CANDIDATES, ((1, 8, 64),), "backward is the identity"),
+        (
+            "gated_residual_projection",
+            GATED_CANDIDATES,
+            ((8, 64), (8, 64), (64, 64), (64,)),
+            REFERENCE_BACKWARD,
+        ),
+    )
+    has_gpu = torch.cuda.is_available()
+    device = "cuda" if has_gpu else "cpu"
+    rows = []
+    for op_name, candidates, shapes, backward_note in ops:
+        tensors = [torch.empty(s, dtype=torch.bfloat16, device=device) for s in shapes]
+        if op_name == "add_position_2d":
+            tensors.append(torch.empty((1, 2), dtype=torch.int32, device=device))
+        for direction in ("forward", "backward"):
+            rows.append(Availability(op_name, "reference", direction, None, "any device, eager PyTorch"))
+        for candidate in candidates:
+            if candidate.name == "triton" and not has_gpu:
+                reason = why_not_triton_here() or "no CUDA device is visible"
+            else:
+                reason = candidate.why_not(*tensors)
+            note = "" if candidate.default else "runs only when it is named"
+            rows.append(Availability(op_name, candidate.name, "forward", reason, note))
+            rows.append(Availability(op_name, candidate.name, "backward", reason, backward_note))
+    return rows

@@ -1,0 +1,145 @@
+"""Flamingo's rule "a text token sees the image immediately before it" as segments of packed tokens.
+
+The text of every sample is cut at each `<image>` token. The piece that an `<image>` token starts has that
+image's vision tokens as keys; the piece before the first one has no keys. So the mask needs no memory and a
+varlen attention needs no mask. See Alayrac et al. 2022, section 2.4, for the rule.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infimm_kernels import checks
+
+
+class MediaSegments(NamedTuple):
+    """The segments of a batch: one leading segment per sample and one per image, samples in order.
+
+    cu_seqlens_q, cu_seqlens_k: int32 [batch + num_images + 1], cumulative lengths in the flattened text
+    [batch * text_len] and in the packed vision tokens. text_mask: bool [batch, text_len], False for text
+    before any image of its sample.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    text_mask: Tensor
+
+
+def media_segments(
+    media_locations: Tensor, vision_seqlens: Sequence[int] | Tensor, images_per_sample: Sequence[int] | Tensor
+) -> MediaSegments:
+    """Cut a batch of texts at its `<image>` tokens. Made once per batch and shared by every layer.
+
+    Args:
+        media_locations: bool [batch, text_len], True at `<image>` tokens. Its values are read: a CUDA tensor
+            is waited for, so hand over the CPU copy where there is one.
+        vision_seqlens: [num_images], the number of vision tokens of each image, in order of appearance.
+        images_per_sample: [batch].
+
+    Returns:
+        MediaSegments on the device of media_locations. Each sample gives a leading segment without keys (of
+        no length when the text starts with `<image>`) and a segment per image, from its `<image>` token to
+        the next one or to the end of the sample.
+
+    Raises:
+        ValueError: an argument breaks a rule above; or a sample has more or fewer `<image>` tokens than
+            images.
+    """
+    checks.tensor("media_locations", media_locations, 2, "[batch, text_len]")
+    if media_locations.dtype != torch.bool:
+        checks.fail("media_locations", "have dtype torch.bool", media_locations.dtype)
+    device = media_locations.device
+    batch, text_len = media_locations.shape
+    lengths, images = _counts(vision_seqlens, images_per_sample)
+    if len(images) != batch:
+        checks.fail("images_per_sample", f"have one entry per sample ({batch})", len(images))
+    locations = media_locations.cpu()
+    for sample, (found, expected) in enumerate(zip(locations.sum(1).tolist(), images.tolist(), strict=True)):
+        if found != expected:
+            checks.fail(
+                "media_locations",
+                f"mark one token per image in sample {sample} ({expected} images)",
+                f"{found} tokens",
+            )
+    starts = torch.cat((torch.arange(batch) * text_len, locations.flatten().nonzero().squeeze(1)))
+    # Stable: where a sample starts with <image>, its empty leading segment stays in front.
+    starts, order = starts.sort(stable=True)
+    num_keys = torch.cat((torch.zeros(batch, dtype=torch.int64), lengths))[order]
+    return MediaSegments(
+        torch.cat((starts, torch.tensor([batch * text_len]))).to(device, torch.int32),
+        _cumulative(num_keys).to(device),
+        media_locations.cumsum(1) > 0,
+    )
+
+
+def decode_segments(
+    vision_seqlens: Sequence[int] | Tensor,
+    images_per_sample: Sequence[int] | Tensor,
+    *,
+    text_len: int = 1,
+    device: torch.device | str | None = None,
+) -> MediaSegments:
+    """The segments of generated text: every sample's `text_len` new tokens see that sample's last image.
+
+    Earlier images stay as segments without queries, so the packed vision tokens are those of
+    `media_segments`. A sample without an image has keyless queries.
+
+    Args:
+        vision_seqlens, images_per_sample: as in `media_segments`.
+        text_len: new tokens per sample.
+        device: of the result; the CPU when None.
+
+    Raises:
+        ValueError: an argument breaks a rule above.
+    """
+    if not isinstance(text_len, int) or isinstance(text_len, bool) or text_len < 0:
+        checks.fail("text_len", "be a non-negative integer", text_len)
+    lengths, images = _counts(vision_seqlens, images_per_sample)
+    batch = len(images)
+    leading = images.cumsum(0) - images + torch.arange(batch)  # index of each sample's leading segment
+    num_keys = torch.zeros(batch + len(lengths), dtype=torch.int64)
+    is_image = torch.ones(len(num_keys), dtype=torch.bool)
+    is_image[leading] = False
+    num_keys[is_image] = lengths
+    num_queries = torch.zeros_like(num_keys)
+    num_queries[leading + images] = text_len
+    return MediaSegments(
+        _cumulative(num_queries).to(device),
+        _cumulative(num_keys).to(device),
+        (images > 0).unsqueeze(1).repeat(1, text_len).to(device),
+    )
+
+
+def _counts(
+    vision_seqlens: Sequence[int] | Tensor, images_per_sample: Sequence[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    lengths, images = (
+        _integers("vision_seqlens", vision_seqlens),
+        _integers("images_per_sample", images_per_sample),
+    )
+    if int(images.sum()) != len(lengths):
+        checks.fail("vision_seqlens", f"have one entry per image ({int(images.sum())})", len(lengths))
+    return lengths, images
+
+
+def _integers(argument: str, values: Sequence[int] | Tensor) -> Tensor:
+    """A 1-D int64 CPU tensor of non-negative integers."""
+    try:
+        result = torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        checks.fail(argument, "be a sequence of integers", values)
+    if result.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if result.dim() != 1 or result.is_floating_point() or result.is_complex() or result.dtype == torch.bool:
+        checks.fail(argument, "be a sequence of integers", values)
+    if int(result.min()) < 0:
+        checks.fail(argument, "hold no negative number", int(result.min()))
+    return result.long()
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    result = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=result[1:])
+    return result

@@ -1,0 +1,149 @@
+"""gated_residual_projection: the public function and its registered op."""
+
+import torch
+from torch import Tensor
+
+from infimm_kernels import autodiff, backends, checks
+from infimm_kernels.gated_residual import reference
+
+
+def gated_residual_projection(
+    x: Tensor,
+    o: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    *,
+    row_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A residual stream plus a gated projection: ``x + tanh(gate) * (o @ weight^T) * row_mask``.
+
+    The gate is element-wise over the hidden channels (tanh gating: Alayrac et al. 2022, Flamingo). Where the
+    gate is zero, and in rows whose mask is False, the result is x bit for bit (a NaN or inf in o or weight
+    still shows through a zero gate, as in eager PyTorch; it does not show in a masked row).
+
+    Args:
+        x: [..., hidden], float16, bfloat16, float32 or float64.
+        o: [..., inner], the leading shape of x; dtype and device of x, as weight and gate.
+        weight: [hidden, inner], the layout of torch.nn.Linear.
+        gate: [hidden], before the tanh.
+        row_mask: bool, the leading shape of x, on the device of x; None for all True.
+        backend: "reference" or "triton"; None chooses. See `infimm_kernels.backends`.
+
+    Returns:
+        a new tensor of the shape and dtype of x.
+
+    Under autocast all four floating tensors are cast to its dtype. Forward-mode AD, torch.func transforms and
+    the backward of the backward run a plain PyTorch version.
+
+    Raises:
+        ValueError: an argument breaks a rule above, or the named backend cannot run.
+        NotImplementedError: no GPU backend can serve the call.
+    """
+    for name, value in (("x", x), ("o", o)):
+        checks.tensor(name, value)
+        if value.dim() < 1:
+            checks.fail(name, "have at least one dimension", list(value.shape))
+    checks.tensor("weight", weight, 2, "[hidden, inner]")
+    checks.tensor("gate", gate, 1, "[hidden]")
+    x, o, weight, gate = autodiff.to_autocast_dtype(x, o, weight, gate)
+    checks.floating("x", x)
+    for name, value in (("o", o), ("weight", weight), ("gate", gate)):
+        checks.same_kind(name, value, "x", x)
+    hidden, inner = x.shape[-1], o.shape[-1]
+    if hidden < 1 or inner < 1:
+        checks.fail("weight", "have at least one row and one column", list(weight.shape))
+    checks.shape("o", o, (*x.shape[:-1], inner), "[..., inner] with the leading shape of x")
+    checks.shape("weight", weight, (hidden, inner), "[hidden, inner]")
+    checks.shape("gate", gate, (hidden,), "[hidden]")
+    if row_mask is not None:
+        checks.tensor("row_mask", row_mask)
+        if row_mask.dtype != torch.bool:
+            checks.fail("row_mask", "have dtype torch.bool", row_mask.dtype)
+        checks.same_device("row_mask", row_mask, "x", x)
+        checks.shape("row_mask", row_mask, x.shape[:-1], "the leading shape of x")
+    backends.check(backend)
+    return _call(x, o, weight, gate, row_mask, backend)
+
+
+_library = torch.library.Library("infimm_kernels", "FRAGMENT")
+_library.define(
+    "gated_residual_projection(Tensor x, Tensor o, Tensor weight, Tensor gate, Tensor? row_mask,"
+    " str? backend) -> Tensor"
+)
+_library.define(
+    "gated_residual_projection_backward(Tensor dy, Tensor o, Tensor weight, Tensor gate, Tensor? row_mask)"
+    " -> (Tensor do, Tensor dweight, Tensor dgate)"
+)
+
+
+# --- kernel choice ------------------------------------------------------------------------------------------
+
+
+CANDIDATES = (backends.Candidate("triton", backends.why_not_triton),)
+
+
+@autodiff.without_autocast
+def _kernel(x, o, weight, gate, row_mask, backend):
+    if backends.select("gated_residual_projection", CANDIDATES, backend, x, o, weight, gate) == "triton":
+        from infimm_kernels.gated_residual.triton_forward import launch_gated_residual_projection
+
+        return launch_gated_residual_projection(x, o, weight, gate, row_mask)
+    return reference.forward(x, o, weight, gate, row_mask).contiguous()
+
+
+@autodiff.without_autocast
+def _backward_kernel(dy, o, weight, gate, row_mask):
+    return tuple(grad.contiguous() for grad in reference.backward(dy, o, weight, gate, row_mask))
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("gated_residual_projection", _kernel, _device)
+    _library.impl("gated_residual_projection_backward", _backward_kernel, _device)
+
+
+# --- fake ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("infimm_kernels::gated_residual_projection", lib=_library)
+def _fake(x, o, weight, gate, row_mask, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("infimm_kernels::gated_residual_projection_backward", lib=_library)
+def _backward_fake(dy, o, weight, gate, row_mask):
+    return o.new_empty(o.shape), weight.new_empty(weight.shape), gate.new_empty(gate.shape)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------
+
+
+def _reference(x, o, weight, gate, row_mask, backend):
+    return reference.differentiable(x, o, weight, gate, row_mask)
+
+
+@autodiff.transforms_go_to(_reference)
+def _call(*args):
+    return torch.ops.infimm_kernels.gated_residual_projection.default(*args)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:5])
+
+
+def _autograd(ctx, dy):
+    o, weight, gate, row_mask = ctx.saved_tensors
+    if not any(ctx.needs_input_grad[1:4]):
+        return dy, None, None, None, None, None
+    if torch.is_grad_enabled():
+        grads = reference.backward(dy, o, weight, gate, row_mask)
+    else:
+        grads = torch.ops.infimm_kernels.gated_residual_projection_backward.default(
+            dy, o, weight, gate, row_mask
+        )
+    return dy, *grads, None, None
+
+
+torch.library.register_autograd(
+    "infimm_kernels::gated_residual_projection", _autograd, setup_context=_setup_context, lib=_library
+)

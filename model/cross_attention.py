@@ -1,0 +1,68 @@
+"""The gated cross-attention block and the transform of the visual tokens it reads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infimm_kernels import MediaSegments, gated_cross_attention, gated_residual_projection
+
+from .config import GatedCrossAttentionConfig
+
+
+class VisualTokenTransform(nn.Module):
+    """y = LN(x) + W2 gelu(W1 LN(x)), [..., hidden] -> [..., hidden]; W2 starts at zero, so y starts as LN(x).
+
+    The norm stands here and not at the keys and values, so that a position added after the transform can be
+    folded into their projection. Without the skip the MLP first has to learn to pass the features on."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.linear_in = nn.Linear(hidden_size, hidden_size)
+        self.linear_out = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + self.linear_out(F.gelu(self.linear_in(x)))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """x = x + tanh(attn_gate) * attn(x, image); x = x + tanh(ffn_gate) * ffn(x); both gates start at zero.
+
+    A text token sees the tokens of the image before it only; a token with no image before it is left
+    untouched by both branches."""
+
+    def __init__(self, hidden_size: int, vision_hidden_size: int, config: GatedCrossAttentionConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        inner_size = config.num_heads * config.head_dim
+        ffn_size = config.ffn_ratio * hidden_size
+        self.attn_norm = nn.LayerNorm(hidden_size)
+        self.q_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.kv_proj = nn.Linear(vision_hidden_size, 2 * inner_size, bias=False)
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(hidden_size))
+        self.ffn_norm = nn.LayerNorm(hidden_size)
+        self.ffn_in = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.ffn_out = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.ffn_gate = nn.Parameter(torch.zeros(hidden_size))
+
+    def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` [total_vision, vision_hidden] -> key, value [total_vision, num_heads, head_dim]."""
+        key_value = self.kv_proj(features).view(-1, 2, self.num_heads, self.head_dim)
+        return key_value[:, 0], key_value[:, 1]
+
+    def query(self, x: Tensor) -> Tensor:
+        """[batch, text_len, hidden] -> [batch, text_len, num_heads, head_dim]."""
+        return self.q_proj(self.attn_norm(x)).unflatten(-1, (self.num_heads, self.head_dim))
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, segments: MediaSegments) -> Tensor:
+        x = gated_cross_attention(
+            x, self.query(x), key, value, self.out_proj.weight, self.attn_gate, segments
+        )
+        hidden = F.gelu(self.ffn_in(self.ffn_norm(x)))
+        return gated_residual_projection(
+            x, hidden, self.ffn_out.weight, self.ffn_gate, row_mask=segments.text_mask
+        )

@@ -1,0 +1,272 @@
+"""InfiMM-HD: windows -> one ViT -> token transform -> 2-D position -> gated cross-attention in a Llama."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import load_torch_model, save_torch_state_dict
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from infimm_kernels import add_position_2d, decode_segments, media_segments
+
+from .config import InfiMMHDConfig
+from .cross_attention import GatedCrossAttentionBlock, VisualTokenTransform
+from .language import KeyValue, hidden_states
+from .vision import NUM_PREFIX_TOKENS, VisionTransformer
+
+IGNORE_INDEX = -100
+
+PARTS = ("vision", "gated_cross_attention", "language")
+"""The parts that the training stages freeze and train; the visual-token transform belongs to the second."""
+
+
+class InfiMMHDOutput(NamedTuple):
+    """A tuple, so that DeepSpeed's hooks find its tensors."""
+
+    logits: Tensor | None = None
+    """[batch, text_len, vocab_size]; None when labels were given, then only the answers' logits are made."""
+    loss: Tensor | None = None
+    """Sum of the answer tokens' cross entropies / num_answer_tokens."""
+    loss_sum: Tensor | None = None
+    num_answer_tokens: int | None = None
+    """Answer tokens of this batch."""
+    answer_logits: Tensor | None = None
+    """[num_answer_tokens, vocab_size], the predictions of `answer_labels`."""
+    answer_labels: Tensor | None = None
+
+
+class InfiMMHD(nn.Module):
+    """The model. `forward` computes logits or a loss, `generate` continues greedily; see their docstrings."""
+
+    def __init__(self, config: InfiMMHDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        gated, vision_hidden = config.gated_cross_attention, config.vision.hidden_size
+        self.visual_token_transform = (
+            VisualTokenTransform(vision_hidden) if gated.visual_token_transform else nn.Identity()
+        )
+        self.language = LlamaForCausalLM(LlamaConfig(**config.language))
+        hidden = self.language.config.hidden_size
+        self.gated_blocks = nn.ModuleDict(
+            {
+                str(index): GatedCrossAttentionBlock(hidden, vision_hidden, gated)
+                for index in config.gated_layers
+            }
+        )
+        self._gradient_checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Recompute ViT blocks and decoder layers in the backward instead of keeping their activations."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._gradient_checkpointing = self.vision.gradient_checkpointing = bool(value)
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """All parameters by part (`PARTS`), each exactly once, with their names."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
+        for name, parameter in self.named_parameters():
+            root = name.partition(".")[0]
+            groups[root if root in ("vision", "language") else "gated_cross_attention"].append(
+                (name, parameter)
+            )
+        return groups
+
+    def set_trainable(self, parts: Iterable[str]) -> None:
+        """Trains the named parts and freezes the others; ViT blocks behind the feature layer stay frozen."""
+        parts = tuple(parts)
+        for part in parts:
+            if part not in PARTS:
+                raise ValueError(f"parts must be among {PARTS}, got {part!r}")
+        for part, parameters in self.parameter_groups().items():
+            for _, parameter in parameters:
+                parameter.requires_grad_(part in parts)
+        for block in self.vision.blocks[self.config.vision.num_active_layers :]:
+            block.requires_grad_(False)
+
+    def set_window_size(self, window_size: int) -> None:
+        """Interpolates the ViT's position table for windows of this many pixels (224 -> 448), in place."""
+        self.vision.set_window_size(window_size)
+
+    def encode_windows(self, pixel_values: Tensor, window_positions: Tensor) -> Tensor:
+        """Windows [n, 3, P, P] and their (row, column) [n, 2] -> visual tokens [n, tokens, vision_hidden]."""
+        features = self.visual_token_transform(self.vision(pixel_values))
+        granularity = self.config.gated_cross_attention.position
+        if granularity == "none":
+            return features
+        return add_position_2d(
+            features, window_positions, granularity=granularity, num_prefix_tokens=NUM_PREFIX_TOKENS
+        )
+
+    def vision_keys_values(self, features: Tensor) -> dict[str, KeyValue]:
+        """Keys and values of every gated block from visual tokens [total, vision_hidden], once per image."""
+        return {index: block.keys_values(features) for index, block in self.gated_blocks.items()}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        window_positions: Tensor | None = None,
+        windows_per_image: Tensor | list[int] = (),
+        images_per_sample: Tensor | list[int] | None = None,
+        num_answer_tokens: int | Tensor | None = None,
+    ) -> InfiMMHDOutput:
+        """Logits, or with `labels` the loss.
+
+        `input_ids` [batch, text_len] int64 holds one `image_token_id` for every image of the sample, in
+        order. `attention_mask` [batch, text_len] is True at real tokens. `labels` [batch, text_len] int64,
+        -100 ignored; they are shifted here. `pixel_values` [num_windows, 3, P, P] and `window_positions`
+        [num_windows, 2] are the windows of all images in order, `windows_per_image` [num_images] and
+        `images_per_sample` [batch] say whose they are. `num_answer_tokens` divides the loss (default: this
+        batch's own count); a trainer passes the count of the global batch. A batch without any image runs
+        every parameter all the same, so that ranks never disagree about a collective. ValueError for shapes
+        or counts that do not fit."""
+        keys_values, vision_seqlens, images_per_sample = self._vision(
+            input_ids, pixel_values, window_positions, windows_per_image, images_per_sample
+        )
+        segments = media_segments(input_ids == self.config.image_token_id, vision_seqlens, images_per_sample)
+        x = hidden_states(
+            self.language,
+            self.gated_blocks,
+            keys_values,
+            segments,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            gradient_checkpointing=self._gradient_checkpointing and self.training,
+        )
+        if labels is None:
+            return InfiMMHDOutput(logits=self.language.lm_head(x))
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must have the shape of input_ids {list(input_ids.shape)}, got {list(labels.shape)}"
+            )
+        is_answer = labels[:, 1:] != IGNORE_INDEX
+        answer_labels = labels[:, 1:][is_answer]  # [num_answers]
+        answer_logits = self.language.lm_head(x[:, :-1][is_answer]).float()  # [num_answers, vocab_size]
+        loss_sum = F.cross_entropy(answer_logits, answer_labels, reduction="sum")
+        count = len(answer_labels)
+        return InfiMMHDOutput(
+            loss=loss_sum / (max(count, 1) if num_answer_tokens is None else num_answer_tokens),
+            loss_sum=loss_sum.detach(),
+            num_answer_tokens=count,
+            answer_logits=answer_logits,
+            answer_labels=answer_labels,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        window_positions: Tensor | None = None,
+        windows_per_image: Tensor | list[int] = (),
+        images_per_sample: Tensor | list[int] | None = None,
+        max_new_tokens: int = 32,
+    ) -> Tensor:
+        """Greedy continuation [batch, new_tokens] of left-padded prompts; arguments as `forward`.
+
+        The vision keys and values are made once, the LLM keeps a KV cache. A sample stops at
+        `end_of_chunk_token_id` and is filled with `pad_token_id`; `<image>` is never generated."""
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        elif not bool(attention_mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask must be True in its last column (left padding), got padding on the right"
+            )
+        keys_values, vision_seqlens, images_per_sample = self._vision(
+            input_ids, pixel_values, window_positions, windows_per_image, images_per_sample
+        )
+        segments = media_segments(input_ids == self.config.image_token_id, vision_seqlens, images_per_sample)
+        step_segments = decode_segments(vision_seqlens, images_per_sample, device=input_ids.device)
+        cache = DynamicCache(config=self.language.config)
+        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        tokens, generated = input_ids, []
+        for _ in range(max_new_tokens):
+            x = hidden_states(
+                self.language,
+                self.gated_blocks,
+                keys_values,
+                segments,
+                input_ids=tokens,
+                attention_mask=attention_mask,
+                cache=cache,
+            )
+            logits = self.language.lm_head(x[:, -1])
+            logits[:, self.config.image_token_id] = float("-inf")
+            next_token = logits.argmax(-1).masked_fill(finished, self.config.pad_token_id)
+            generated.append(next_token)
+            finished |= next_token == self.config.end_of_chunk_token_id
+            if bool(finished.all()):
+                break
+            tokens, segments = next_token[:, None], step_segments
+            attention_mask = F.pad(attention_mask, (0, 1), value=True)
+        return torch.stack(generated, dim=1)
+
+    def _vision(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        window_positions: Tensor | None,
+        windows_per_image: Tensor | list[int],
+        images_per_sample: Tensor | list[int] | None,
+    ) -> tuple[dict[str, KeyValue], list[int], list[int]]:
+        """Checks the vision arguments; keys and values of all blocks, tokens per image, images per sample."""
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape [batch, text_len], got {list(input_ids.shape)}")
+        windows_per_image = [int(n) for n in windows_per_image]
+        images = [0] * len(input_ids) if images_per_sample is None else [int(n) for n in images_per_sample]
+        num_windows = 0 if pixel_values is None else len(pixel_values)
+        if len(images) != len(input_ids):
+            raise ValueError(
+                f"images_per_sample must have one count per sample ({len(input_ids)}), got {images}"
+            )
+        if sum(images) != len(windows_per_image):
+            raise ValueError(
+                f"windows_per_image must have one count per image ({sum(images)}), got {windows_per_image}"
+            )
+        if sum(windows_per_image) != num_windows or min(windows_per_image, default=1) < 1:
+            raise ValueError(
+                f"windows_per_image must be positive and sum to the {num_windows} windows of pixel_values, "
+                f"got {windows_per_image}"
+            )
+        if num_windows and (window_positions is None or tuple(window_positions.shape) != (num_windows, 2)):
+            shape = None if window_positions is None else list(window_positions.shape)
+            raise ValueError(f"window_positions must have shape [{num_windows}, 2], got {shape}")
+        if num_windows == 0:
+            size = self.config.vision.window_size
+            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
+            window_positions = torch.full((1, 2), -1, device=input_ids.device)
+        features = self.encode_windows(pixel_values, window_positions).flatten(0, 1)
+        keys_values = self.vision_keys_values(features)
+        if num_windows == 0:
+            # the blank window only keeps every parameter in the graph: none of its tokens is a key
+            keys_values = {index: (key[:0], value[:0]) for index, (key, value) in keys_values.items()}
+        tokens_per_window = self.config.vision.num_tokens
+        return keys_values, [n * tokens_per_window for n in windows_per_image], images
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.json` and safetensors (sharded above 5 GB) into `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.config.save(directory / "config.json")
+        save_torch_state_dict(self.state_dict(), directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "InfiMMHD":
+        """Reads what `save_pretrained` wrote; missing, unexpected or misshapen weights are an error."""
+        directory = Path(directory)
+        model = cls(InfiMMHDConfig.load(directory / "config.json"))
+        load_torch_model(model, directory, strict=True, safe=True)
+        return model

@@ -1,0 +1,168 @@
+"""The segments against Flamingo's mask written down directly, and the step built on them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infimm_kernels import decode_segments, gated_cross_attention, media_segments
+from infimm_kernels.testing import max_error
+from tests.kernels.cases import masked_attention
+
+# Rows of text; X marks an <image> token.
+BATCHES = (
+    ["..X...", "XX...X", "......"],
+    ["X"],
+    ["....."],
+    ["X....X", ".X..X.", "XXXXXX"],
+    ["......", "......"],
+    [""],
+)
+
+
+def locations(rows):
+    return torch.tensor([[c == "X" for c in row] for row in rows], dtype=torch.bool).view(len(rows), -1)
+
+
+def hidden_mask(rows, vision_seqlens):
+    """[text, vision]: True unless the vision token is of the last <image> at or before the text token."""
+    image_of_key = [i for i, n in enumerate(vision_seqlens) for _ in range(n)]
+    mask, image = [], -1
+    for row in rows:
+        seen = None
+        for c in row:
+            if c == "X":
+                image += 1
+                seen = image
+            mask.append([seen is None or i != seen for i in image_of_key])
+    return torch.tensor(mask, dtype=torch.bool).view(sum(map(len, rows)), len(image_of_key))
+
+
+def step_inputs(rows, vision_seqlens):
+    text_len = len(rows[0])
+    shapes = ((len(rows), text_len, 12), (len(rows), text_len, 2, 4), (sum(vision_seqlens), 2, 4))
+    x, query, key = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    value = torch.randn_like(key).requires_grad_()
+    weight = torch.randn(12, 8, dtype=torch.float64, requires_grad=True)
+    gate = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    return x, query, key, value, weight, gate
+
+
+def check_step(rows, vision_seqlens):
+    segments = media_segments(locations(rows), vision_seqlens, [row.count("X") for row in rows])
+    inputs = x, query, key, value, weight, gate = step_inputs(rows, vision_seqlens)
+    y = gated_cross_attention(*inputs, segments)
+    out = masked_attention(query.flatten(0, 1), key, value, hidden_mask(rows, vision_seqlens))
+    expected = x + gate.tanh() * (out.reshape(*x.shape[:2], 8) @ weight.t())
+    assert max_error(y, expected) < 1e-12
+    dy = torch.randn_like(y)
+    ours, theirs = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
+    assert max(map(max_error, ours, theirs)) < 1e-12
+    blind = ~segments.text_mask
+    assert torch.equal(y[blind], x[blind])
+    assert torch.equal(blind.flatten(), hidden_mask(rows, [1] * len(vision_seqlens)).all(1))
+
+
+@pytest.mark.parametrize("rows", BATCHES, ids=str)
+def test_equals_the_masked_form(rows):
+    check_step(rows, [2 + i % 3 for i in range(sum(row.count("X") for row in rows))])
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_equals_the_masked_form_for_any_text(data):
+    text_len = data.draw(st.integers(1, 7))
+    row = st.text("X.", min_size=text_len, max_size=text_len)
+    rows = data.draw(st.lists(row, min_size=1, max_size=4))
+    num_images = sum(row.count("X") for row in rows)
+    check_step(rows, data.draw(st.lists(st.integers(0, 4), min_size=num_images, max_size=num_images)))
+
+
+def test_segments_by_hand():
+    segments = media_segments(locations(["..X...", "XX...X"]), torch.tensor([5, 6, 7, 8]), (1, 3))
+    assert segments.cu_seqlens_q.tolist() == [0, 2, 6, 6, 7, 11, 12]
+    assert segments.cu_seqlens_k.tolist() == [0, 0, 5, 5, 11, 18, 26]
+    assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32
+    assert segments.text_mask.tolist() == [[False, False, True, True, True, True], [True] * 6]
+
+
+def test_decode_segments_by_hand():
+    segments = decode_segments([5, 6, 7, 8], [1, 0, 3], text_len=2)
+    lengths_q, lengths_k = segments.cu_seqlens_q.diff().tolist(), segments.cu_seqlens_k.diff().tolist()
+    assert lengths_q == [0, 2, 2, 0, 0, 0, 2]
+    assert lengths_k == [0, 5, 0, 0, 6, 7, 8]
+    assert segments.text_mask.tolist() == [[True, True], [False, False], [True, True]]
+
+
+@pytest.mark.parametrize("rows", BATCHES[:5], ids=str)
+def test_decoding_continues_the_text(rows):
+    """A token generated after the text sees what the text's next token would."""
+    images = [row.count("X") for row in rows]
+    vision_seqlens = [2 + i % 3 for i in range(sum(images))]
+    inputs = step_inputs([row + "." for row in rows], vision_seqlens)
+    longer = media_segments(locations([row + "." for row in rows]), vision_seqlens, images)
+    expected = gated_cross_attention(*inputs, longer)[:, -1:]
+    x, query, *rest = inputs
+    y = gated_cross_attention(x[:, -1:], query[:, -1:], *rest, decode_segments(vision_seqlens, images))
+    assert max_error(y, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("images", "sample", "found"), [([1, 2], 1, 1), ([2, 1], 0, 1)])
+def test_wrong_number_of_image_tokens_names_the_sample(images, sample, found):
+    message = (
+        f"media_locations must mark one token per image in sample {sample} \\(2 images\\), got {found} tokens"
+    )
+    with pytest.raises(ValueError, match=message):
+        media_segments(locations(["..X.", "X..."]), [3, 3, 3], images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"media_locations": torch.zeros(2, 4)},
+            "media_locations must have dtype torch.bool, got torch.float32",
+        ),
+        (
+            {"media_locations": torch.zeros(4) > 0},
+            r"media_locations must have shape \[batch, text_len\], got \[4\]",
+        ),
+        ({"vision_seqlens": [3]}, r"vision_seqlens must have one entry per image \(2\), got 1"),
+        ({"vision_seqlens": [3, -1]}, "vision_seqlens must hold no negative number, got -1"),
+        ({"vision_seqlens": [3.5, 1]}, r"vision_seqlens must be a sequence of integers, got \[3.5, 1\]"),
+        ({"vision_seqlens": "ab"}, "vision_seqlens must be a sequence of integers, got ab"),
+        ({"images_per_sample": [2]}, r"images_per_sample must have one entry per sample \(2\), got 1"),
+        ({"images_per_sample": None}, "images_per_sample must be a sequence of integers, got None"),
+    ],
+)
+def test_bad_segments(change, message):
+    arguments = {
+        "media_locations": locations(["..X.", "X..."]),
+        "vision_seqlens": [3, 3],
+        "images_per_sample": [1, 1],
+    }
+    with pytest.raises(ValueError, match=message):
+        media_segments(**(arguments | change))
+
+
+def test_bad_text_len():
+    with pytest.raises(ValueError, match="text_len must be a non-negative integer, got -1"):
+        decode_segments([1], [1], text_len=-1)
+
+
+def test_bad_step():
+    rows, lengths = ["..X."], [3]
+    segments = media_segments(locations(rows), lengths, [1])
+    x, query, key, value, weight, gate = step_inputs(rows, lengths)
+    with pytest.raises(ValueError, match="segments must be MediaSegments, got tuple"):
+        gated_cross_attention(x, query, key, value, weight, gate, tuple(segments))
+    with pytest.raises(ValueError, match=r"query must have shape \[batch, text_len, num_heads, head_dim\]"):
+        gated_cross_attention(x, query[:, :-1], key, value, weight, gate, segments)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        gated_cross_attention(x, query, key, value, weight[:, :-1], gate, segments)
+    with pytest.raises(
+        ValueError, match=r"segments.text_mask must have shape \[batch, text_len\] = \[1, 4\], got"
+    ):
+        gated_cross_attention(
+            x, query, key, value, weight, gate, segments._replace(text_mask=torch.ones(1, 3) > 0)
+        )

@@ -1,0 +1,137 @@
+import pytest
+import torch
+
+from infimm_kernels import gated_residual_projection
+from infimm_kernels.testing import assert_within_twice_eager, max_error
+from tests.kernels.cases import eager_gated, exact, gated_inputs
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [(2, 5), (7,), (), (2, 0), (3, 1, 2)], ids=str)
+def test_equals_eager_in_float64(rows, masked):
+    inputs = gated_inputs(rows)
+    mask = torch.rand(rows) > 0.4 if masked else None
+    y, expected = gated_residual_projection(*inputs, row_mask=mask), eager_gated(*inputs, mask)
+    assert y.shape == inputs[0].shape
+    assert max_error(y, expected) < 1e-12
+    dy = torch.randn_like(y)
+    ours, theirs = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
+    assert max(map(max_error, ours, theirs)) < 1e-12
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(masked):
+    inputs = gated_inputs((2, 3), 4, 3)
+    mask = torch.tensor([[True, False, True], [False, True, True]]) if masked else None
+
+    def call(*inputs):
+        return gated_residual_projection(*inputs, row_mask=mask)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [(1, 16, 16), (65, 80, 48), (257, 72, 112)], ids=str)
+def test_twice_eager(size, dtype):
+    rows, hidden, inner = size
+    inputs = gated_inputs((rows,), hidden, inner, dtype)
+    mask = torch.rand(rows) > 0.3
+    inputs64 = exact(*inputs)
+    y, eager, y64 = gated_residual_projection(*inputs, row_mask=mask), eager_gated(*inputs, mask), None
+    y64 = eager_gated(*inputs64, mask)
+    assert_within_twice_eager("y", y, eager, y64)
+    dy = torch.randn_like(y)
+    ours, theirs = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(eager, inputs, dy)
+    for name, a, b, c in zip(
+        ("dx", "do", "dweight", "dgate"),
+        ours,
+        theirs,
+        torch.autograd.grad(y64, inputs64, dy.double()),
+        strict=True,
+    ):
+        assert_within_twice_eager(name, a, b, c)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *FLOATS), ids=str)
+def test_a_zero_gate_returns_x_bit_for_bit(dtype):
+    """x + 0.0 is not enough: it turns the -0.0 of x into 0.0."""
+    x, o, weight, gate = (t.detach() for t in gated_inputs((3, 5), dtype=dtype))
+    x[0], gate[:6] = -0.0, 0.0
+    y = gated_residual_projection(x, o, weight, gate)
+    assert torch.equal(bits(y[..., :6]), bits(x[..., :6]))
+    assert not torch.equal(y[..., 6:], x[..., 6:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *FLOATS), ids=str)
+def test_masked_rows_return_x_bit_for_bit(dtype):
+    """Whatever is in the masked rows of o: NaN too, which must not reach a gradient either."""
+    inputs = gated_inputs((3, 5), dtype=dtype)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1] = True
+    with torch.no_grad():
+        inputs[0][0] = -0.0
+        inputs[1][~mask] = torch.nan
+    y = gated_residual_projection(*inputs, row_mask=mask)
+    assert torch.equal(bits(y[~mask]), bits(inputs[0][~mask]))
+    _, do, dweight, dgate = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    assert torch.equal(do[~mask], torch.zeros_like(do[~mask]))
+    assert not dweight.isnan().any()
+    assert not dgate.isnan().any()
+
+
+def bits(x):
+    return x.detach().contiguous().view(torch.uint8)
+
+
+def test_nan_passes_a_zero_gate_as_in_eager():
+    x, o, weight, _ = gated_inputs((4,))
+    with torch.no_grad():
+        o[1] = torch.nan
+    gate = torch.zeros_like(weight[:, 0])
+    y = gated_residual_projection(x, o, weight, gate)
+    assert torch.equal(y.isnan(), eager_gated(x, o, weight, gate).isnan())
+
+
+def test_a_zero_gate_still_learns():
+    """Training starts there: the gate's gradient is the whole signal, in every way of differentiating."""
+    x, o, weight, _ = gated_inputs((4,))
+    gate = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+
+    def loss(gate):
+        return gated_residual_projection(x.detach(), o.detach(), weight.detach(), gate).sin().sum()
+
+    (expected,) = torch.autograd.grad(loss(gate), gate)
+    assert expected.abs().min() > 0
+    assert max_error(torch.func.grad(loss)(gate.detach()), expected) < 1e-12
+    _, tangent = torch.func.jvp(loss, (gate.detach(),), (torch.ones(12, dtype=torch.float64),))
+    assert max_error(tangent, expected.sum()) < 1e-12
+
+
+def test_layouts_and_expanded_gradient():
+    x, o, weight, gate = gated_inputs((4, 6))
+    expected = gated_residual_projection(x, o, weight, gate)
+    y = gated_residual_projection(
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        o.mT.contiguous().mT,
+        weight.t().contiguous().t(),
+        gate,
+    )
+    assert max_error(y, expected) < 1e-14
+    dy = torch.ones(1, 1, 1, dtype=torch.float64).expand_as(y)
+    ours = torch.autograd.grad(y, (x, o, weight, gate), dy)
+    theirs = torch.autograd.grad(eager_gated(x, o, weight, gate), (x, o, weight, gate), dy)
+    assert max(map(max_error, ours, theirs)) < 1e-12
+
+
+def test_frozen_projection_costs_no_backward(monkeypatch):
+    """With o, weight and gate frozen, dx = dy needs no kernel."""
+    from infimm_kernels.gated_residual import op
+
+    monkeypatch.setattr(op.reference, "backward", None)
+    x, o, weight, gate = gated_inputs((4,))
+    y = gated_residual_projection(x, o.detach(), weight.detach(), gate.detach())
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, torch.ones_like(x))

@@ -1,0 +1,307 @@
+"""What a registered op owes to PyTorch: opcheck, compile, transforms, autocast, tracing tensors, copies."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from infimm_kernels import (
+    add_position_2d,
+    gated_cross_attention,
+    gated_residual_projection,
+    media_segments,
+    varlen_attention,
+    window_attention,
+)
+from infimm_kernels.testing import max_error, packed_lengths
+from tests.kernels.cases import attention_inputs, gated_inputs
+
+POSITIONS = torch.tensor([[0, 1], [-1, -1], [2, 0]])
+ROW_MASK = torch.tensor([[True, False, True, True], [False, True, True, False]])
+LOCATIONS = torch.tensor([[False, True, False, False, True], [False] * 5])
+
+
+class Case(NamedTuple):
+    """A public call as a function of its floating inputs alone."""
+
+    call: Callable
+    inputs: tuple[torch.Tensor, ...]
+
+
+def varlen(dtype=torch.float64) -> Case:
+    q, k, v, cu_q, cu_k = attention_inputs((3, 2, 4), (2, 0, 5), 2, 1, 8, dtype)
+    return Case(lambda q, k, v: varlen_attention(q, k, v, cu_q, cu_k), (q, k, v))
+
+
+def window(dtype=torch.float64) -> Case:
+    qkv = torch.randn(3, 5, 3, 2, 8, dtype=dtype, requires_grad=True)
+    return Case(window_attention, (qkv,))
+
+
+def packed_window(dtype=torch.float64) -> Case:
+    qkv, cu_seqlens = torch.randn(9, 3, 2, 8, dtype=dtype, requires_grad=True), packed_lengths((4, 0, 5))
+    return Case(lambda qkv: window_attention(qkv, cu_seqlens), (qkv,))
+
+
+def position(dtype=torch.float64) -> Case:
+    x = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True)
+    return Case(lambda x: add_position_2d(x, POSITIONS, granularity="token", num_prefix_tokens=1), (x,))
+
+
+def gated(dtype=torch.float64) -> Case:
+    return Case(
+        lambda *t: gated_residual_projection(*t, row_mask=ROW_MASK), gated_inputs((2, 4), dtype=dtype)
+    )
+
+
+def cross(dtype=torch.float64) -> Case:
+    segments = media_segments(LOCATIONS, [3, 2], [2, 0])
+    shapes = ((2, 5, 6), (2, 5, 2, 4), (5, 2, 4), (5, 2, 4), (6, 8), (6,))
+    inputs = tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    return Case(lambda *t: gated_cross_attention(*t, segments), inputs)
+
+
+PUBLIC = (varlen, window, packed_window, position, gated, cross)
+every_op = pytest.mark.parametrize("make", PUBLIC, ids=lambda make: make.__name__)
+
+
+def registered_calls():
+    ops = torch.ops.infimm_kernels
+    q, k, v, cu_q, cu_k = attention_inputs((3, 2, 4), (2, 0, 5), 2, 1, 8)
+    qkv, packed, cu = window().inputs[0], packed_window().inputs[0], packed_window_lengths()
+    x, o, weight, gate = gated_inputs((2, 4))
+    dout, dlse = torch.randn(9, 2, 8).double(), torch.randn(2, 9).double()
+    plain = [t.detach() for t in (q, k, v)]
+    return {
+        "varlen": (ops.varlen_attention, (q, k, v, cu_q, cu_k, 0.3, 0, None)),
+        "varlen backward": (ops.varlen_attention_backward, (*plain, dout, None, cu_q, cu_k, 0.3)),
+        "varlen lse backward": (ops.varlen_attention_backward, (*plain, dout, dlse, cu_q, cu_k, 0.3)),
+        "window": (ops.window_attention, (qkv, None, 0.3, 1, None)),
+        "packed window": (ops.window_attention, (packed, cu, 0.3, 1, "reference")),
+        "window backward": (ops.window_attention_backward, (packed.detach(), dout, None, cu, 0.3)),
+        "position": (ops.add_position_2d, (position().inputs[0], POSITIONS, "token", 2, 2, 1, None)),
+        "gated": (ops.gated_residual_projection, (x, o, weight, gate, ROW_MASK, None)),
+        "gated, no mask": (ops.gated_residual_projection, (x, o, weight, gate, None, None)),
+        "gated backward": (
+            ops.gated_residual_projection_backward,
+            (x.detach(), o.detach(), weight.detach(), gate.detach(), ROW_MASK),
+        ),
+    }
+
+
+def packed_window_lengths():
+    return packed_lengths((4, 0, 5))
+
+
+@pytest.mark.parametrize("name", list(registered_calls()))
+def test_opcheck(name):
+    op, arguments = registered_calls()[name]
+    results = torch.library.opcheck(op.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_every_registered_op_is_checked():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "infimm_kernels::" in name
+    }
+    assert registered == {op.__name__ for op, _ in registered_calls().values()}
+
+
+@every_op
+def test_compiles_without_graph_breaks(make):
+    case = make()
+    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    ours, expected = compiled(*case.inputs), case.call(*case.inputs)
+    assert max_error(ours, expected) < 1e-14
+    dout = torch.randn_like(expected)
+    ours = torch.autograd.grad(ours, case.inputs, dout)
+    theirs = torch.autograd.grad(expected, case.inputs, dout)
+    assert max(map(max_error, ours, theirs)) < 1e-13
+
+
+def test_a_new_number_of_windows_compiles_once():
+    """A dynamic number of windows is one symbolic graph, not a compilation per batch."""
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(1)
+        return graph.forward
+
+    def encode(qkv, positions):
+        out = window_attention(qkv).flatten(2)
+        return add_position_2d(out, positions, granularity="token", num_prefix_tokens=1)
+
+    compiled = torch.compile(encode, fullgraph=True, backend=counting)
+    for num_windows in (7, 3, 2, 9):
+        qkv = torch.randn(num_windows, 5, 3, 2, 8)
+        positions = torch.zeros(num_windows, 2, dtype=torch.int64)
+        for x in (qkv, positions):
+            torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(qkv, positions), encode(qkv, positions))
+    assert len(compilations) == 1
+
+
+@every_op
+def test_forward_mode_is_not_silently_zero(make):
+    """A custom op has no forward-mode formula, and PyTorch would return a zero tangent without a word."""
+    case = make()
+    inputs = tuple(x.detach() for x in case.inputs)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    step = 1e-6
+    ahead, behind = (
+        case.call(*(x + s * t for x, t in zip(inputs, tangents, strict=True))) for s in (step, -step)
+    )
+    expected = (ahead - behind) / (2 * step)
+    primal, tangent = torch.func.jvp(case.call, inputs, tangents)
+    assert max_error(primal, case.call(*inputs)) < 1e-12
+    assert max_error(tangent, expected) < 1e-7
+    with forward_ad.dual_level():
+        dual = case.call(*(forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)))
+        assert max_error(forward_ad.unpack_dual(dual).tangent, expected) < 1e-7
+
+
+@every_op
+def test_compiled_forward_mode_is_not_silently_zero(make):
+    case = make()
+    inputs = tuple(x.detach() for x in case.inputs)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    _, expected = torch.func.jvp(case.call, inputs, tangents)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(*inputs):
+        return torch.func.jvp(case.call, inputs, tangents)[1]
+
+    assert max_error(compiled(*inputs), expected) < 1e-12
+
+
+@every_op
+def test_functional_gradients(make):
+    case = make()
+
+    def loss(*inputs):
+        return case.call(*inputs).sin().sum()
+
+    expected = torch.autograd.grad(loss(*case.inputs), case.inputs)
+    inputs = tuple(x.detach() for x in case.inputs)
+    every = tuple(range(len(inputs)))
+    assert max(map(max_error, torch.func.grad(loss, every)(*inputs), expected)) < 1e-12
+    batched = torch.func.vmap(torch.func.grad(loss, every))(*(torch.stack((x, x)) for x in inputs))
+    assert max(max_error(b[1], e) for b, e in zip(batched, expected, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("make", [varlen, window, gated, cross], ids=lambda make: make.__name__)
+def test_autocast(make):
+    case = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.call(*case.inputs)
+    low = tuple(x.detach().bfloat16().requires_grad_() for x in case.inputs)
+    expected = case.call(*low)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    dout = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, case.inputs, dout), torch.autograd.grad(expected, low, dout), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs.float())
+
+
+@every_op
+def test_autocast_leaves_float64_and_the_reference_alone(make):
+    case = make()
+    expected = case.call(*case.inputs)
+    dout = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, case.inputs, dout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.call(*case.inputs)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, torch.autograd.grad(out, case.inputs, dout), grads))
+
+
+def test_autocast_mixes_dtypes_as_eager_does():
+    """Inside autocast a bfloat16 activation meets a float32 weight; that is legal."""
+    x, o, weight, gate = gated_inputs((4,), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gated_residual_projection(x, o.bfloat16(), weight, gate).dtype == torch.bfloat16
+
+
+def test_position_ignores_autocast():
+    x = torch.randn(3, 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(add_position_2d(x, POSITIONS), add_position_2d(x, POSITIONS))
+        assert add_position_2d(x, POSITIONS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [window, gated], ids=lambda make: make.__name__)
+def test_meta_and_fake_tensors(make):
+    case = make()
+    expected = case.call(*case.inputs)
+
+    def call(inputs):
+        if make is window:
+            return window_attention(*inputs)
+        return gated_residual_projection(*inputs)
+
+    meta = call([x.detach().to("meta") for x in case.inputs])
+    assert (meta.shape, meta.dtype, meta.stride()) == (expected.shape, expected.dtype, expected.stride())
+    plain = [x.detach() for x in case.inputs]
+    with FakeTensorMode() as mode:
+        fake = call([mode.from_tensor(x) for x in plain])
+    assert (fake.shape, fake.dtype, fake.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+@every_op
+def test_inference_mode_and_no_grad(make):
+    case = make()
+    expected = case.call(*case.inputs)
+    with torch.inference_mode():
+        assert torch.equal(case.call(*case.inputs), expected)
+    with torch.no_grad():
+        out = case.call(*case.inputs)
+    assert torch.equal(out, expected)
+    assert not out.requires_grad
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = torch.nn.Linear(16, 48)
+
+    def forward(self, x):
+        qkv = self.projection(x).unflatten(-1, (3, 2, 8))
+        return window_attention(qkv).flatten(2)
+
+
+def test_deepcopy_and_checkpointing():
+    layer, x = Layer(), torch.randn(2, 5, 16)
+    layer(x).sum().backward()
+    twin = copy.deepcopy(layer)
+    twin.zero_grad()
+    torch.utils.checkpoint.checkpoint(twin, x, use_reentrant=False).sum().backward()
+    for ours, theirs in zip(twin.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_only_the_wanted_gradients():
+    q, k, v, cu_q, cu_k = attention_inputs((3, 2), (2, 4))
+    out = varlen_attention(q.detach(), k, v.detach(), cu_q, cu_k)
+    (dk,) = torch.autograd.grad(out.sum(), k, create_graph=True)
+    out = varlen_attention(q, k, v, cu_q, cu_k)
+    assert max_error(dk, torch.autograd.grad(out.sum(), k)[0]) < 1e-12
+
+
+def test_a_transform_leaves_nothing_behind():
+    """Index tensors made inside a transform and kept would be dead wrappers in the next ordinary call."""
+    q, k, v, cu_q, cu_k = attention_inputs((3, 9, 4, 0, 10), (5, 6, 5, 7, 6))
+
+    def loss(q):
+        return varlen_attention(q, k.detach(), v.detach(), cu_q, cu_k).sin().sum()
+
+    transformed = torch.func.grad(loss)(q.detach())
+    assert max_error(transformed, torch.autograd.grad(loss(q), q)[0]) < 1e-12
+    with pytest.raises(ValueError, match="cu_seqlens_q must end at the number of tokens"):
+        torch.func.grad(lambda q: varlen_attention(q, k, v, cu_q, cu_k).sum())(q.detach()[:-1])

@@ -1,0 +1,37 @@
+import importlib.util
+
+import pytest
+
+from tests.package import building
+
+BUILD_TOOLS = [name for name in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A factory of fresh copies of the checkout."""
+    if BUILD_TOOLS:
+        pytest.skip(f"building needs {', '.join(BUILD_TOOLS)}")
+    return lambda: building.copy_checkout(tmp_path_factory.mktemp("checkout") / "copy")
+
+
+@pytest.fixture(scope="session")
+def cuda_wheel(checkout, tmp_path_factory):
+    """(wheel, its content unpacked, the build's output) of the default build, made once."""
+    if not building.have_nvcc():
+        pytest.skip("no nvcc")
+    out = tmp_path_factory.mktemp("cuda_wheel")
+    wheel, printed = building.build_wheel(checkout(), out, building.environment())
+    return wheel, building.unpack(wheel, out / "site"), printed
+
+
+@pytest.fixture(scope="session")
+def compiled(cuda_wheel):
+    """The extension of `cuda_wheel`, imported."""
+    return building.load_extension(building.extension_in(cuda_wheel[1]))
+
+
+@pytest.fixture(scope="session")
+def pure_wheel(checkout, tmp_path_factory):
+    """(wheel, the build's output) where no nvcc can be found."""
+    return building.build_wheel(checkout(), tmp_path_factory.mktemp("pure_wheel"), building.without_nvcc())

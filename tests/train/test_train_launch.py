@@ -1,0 +1,119 @@
+"""Several ranks, started as a user starts them: by DeepSpeed's launcher and by torchrun."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.config import TrainConfig
+from train.engine import run
+
+from .tiny_stage import assert_weights_close, log_of, messages, tiny_config, weights_of, write_conversations
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TIMEOUT_S = 100
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launch(launcher: str, config: Path, *overrides: str) -> subprocess.CompletedProcess:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    command = {
+        "python": [sys.executable, "-m"],
+        "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port, "--module"],
+        "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m"],
+    }[launcher]
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+    return subprocess.run(
+        [*map(str, command), "train", str(config), *overrides],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def assert_same_training(folder: Path, expected: Path) -> None:
+    got, wanted = ([line for line in log_of(where) if "step" in line] for where in (folder, expected))
+    for key in ("step", "num_answer_tokens", "samples_seen", "num_skipped", "lr"):
+        assert [line[key] for line in got] == [line[key] for line in wanted]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in got] == pytest.approx([line[key] for line in wanted], rel=1e-5)
+    assert_weights_close(weights_of(folder), weights_of(expected))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, tokenizer) -> TrainConfig:
+    """A stage trained by one rank on whole batches: 8 records a batch, two of them without an image."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = tiny_config(
+        "CPT",
+        folder / "output",
+        data__path=str(write_conversations(folder / "data", 12)),
+        data__tokenizer=str(folder / "tokenizer"),
+    )
+    run(config)
+    return config
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(config: TrainConfig) -> Path:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config.to_dict()))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("launcher", "zero_stage", "accumulation"),
+    [("python", 2, 1), ("deepspeed", 2, 2), ("torchrun", 3, 1), ("torchrun", 0, 2)],
+)
+def test_two_ranks_train_as_one(one_rank, config_file, tmp_path, launcher, zero_stage, accumulation):
+    done = launch(
+        launcher,
+        config_file(one_rank),
+        f"output_dir={tmp_path / 'output'}",
+        f"parallel.zero_stage={zero_stage}",
+        f"parallel.gradient_accumulation_steps={accumulation}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("CPT step 3/3") == 1, "one rank prints"
+    assert_same_training(tmp_path / "output", Path(one_rank.output_dir))
+
+
+def test_a_rank_without_any_good_sample_keeps_up(one_rank, config_file, tmp_path):
+    """In dataset order rank 1 of 2 reads the second half of every batch, here all bad: it trains on nothing,
+    sees no image, and the step is that of the good half alone."""
+    path = write_conversations(tmp_path / "data", 4)
+    bad = {"image": "gone.jpg", "conversations": messages("<image> which ?", "red")}
+    path.write_text(path.read_text() + (json.dumps(bad) + "\n") * 4)
+    overrides = [f"data.path={path}", "data.shuffle=false", "data.on_bad_sample=skip"]
+    folders = [tmp_path / launcher for launcher in ("python", "torchrun")]
+    for folder in folders:
+        done = launch(folder.name, config_file(one_rank), f"output_dir={folder}", *overrides)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert log_of(folder)[-1]["skipped"] == {"missing_image": 12}
+        assert "CPT: trained on 12 samples, skipped 12 (missing_image 12)" in done.stdout
+    assert_same_training(folders[1], folders[0])
+
+
+def test_a_bad_sample_of_one_rank_stops_both(one_rank, config_file, tmp_path):
+    """The ranks exchange counts before they compute, so that the good rank does not wait in a collective."""
+    path = write_conversations(tmp_path / "data", 7)
+    path.write_text(path.read_text() + "not JSON\n")
+    overrides = [f"output_dir={tmp_path / 'output'}", f"data.path={path}", "data.shuffle=false"]
+    done = launch("deepspeed", config_file(one_rank), *overrides)
+    assert done.returncode != 0
+    assert f"train: error: {path} line 8: record must be JSON, got b'not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "output" / "model").exists()

@@ -1,0 +1,115 @@
+"""The four stages at the size of the demo: the paper's recipes with smaller images, batches and more speed.
+
+A window is 56 pixels here (28 in PT) where the paper has 448 (224 in PT). The learning rates are some
+hundred times the paper's: these models are small, start from a minute of warm-up and see thousands of
+samples, not millions."""
+
+import dataclasses
+from pathlib import Path
+
+from train.config import (
+    DataConfig,
+    ImageConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from train.recipes import CPT, DRA, IFT, PT
+
+from .painted import FONT_SIZES
+
+WINDOW, PT_WINDOW = 56, 28
+CANVAS = (2 * WINDOW, 2 * WINDOW)
+CANVASES = (CANVAS, CANVAS, (WINDOW, 2 * WINDOW), (2 * WINDOW, WINDOW), (WINDOW, WINDOW))
+"""What DRA sees: two in five samples have the full size, the others one or two windows."""
+
+ONE_VIEW_FACTOR = 2.0
+"""The low-resolution arm sees one window where the other sees five; with this many times the steps it gets at
+least the same compute (the report gives the seconds of both)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DemoStage:
+    recipe: TrainConfig
+    steps: int
+    batch: int
+    lr: dict[str, float]
+    options: dict[str, object]
+    """Of `PaintedPhotographs`."""
+
+
+def demo_stages(off_grid: float) -> dict[str, DemoStage]:
+    """PT, CPT, DRA and IFT of the demo, in order."""
+    small = [FONT_SIZES["small"], FONT_SIZES["medium"]]
+    return {
+        "PT": DemoStage(
+            PT(),
+            250,
+            48,
+            dict(gated_cross_attention=4e-3),
+            dict(
+                canvases=[[PT_WINDOW, PT_WINDOW]], font_sizes=small, lengths=[1, 2], seed=1, off_grid=off_grid
+            ),
+        ),
+        "CPT": DemoStage(
+            CPT(),
+            250,
+            32,
+            dict(vision=1e-3, gated_cross_attention=3e-3),
+            dict(canvases=[[WINDOW, WINDOW]], seed=2, off_grid=off_grid),
+        ),
+        "DRA": DemoStage(
+            DRA(),
+            250,
+            32,
+            dict(vision=6e-4, gated_cross_attention=2e-3),
+            dict(canvases=[list(c) for c in CANVASES], seed=3, off_grid=off_grid),
+        ),
+        "IFT": DemoStage(
+            IFT(),
+            350,
+            32,
+            dict(gated_cross_attention=2e-3, language=1e-3),
+            dict(canvases=[list(CANVAS)], seed=4, off_grid=off_grid),
+        ),
+    }
+
+
+def stage_config(
+    name: str,
+    stage: DemoStage,
+    *,
+    init_from: Path,
+    output_dir: Path,
+    precision: str,
+    scale: float = 1.0,
+    one_view: bool = False,
+) -> TrainConfig:
+    """The paper's recipe made small; `scale` multiplies the steps, `one_view` resizes to one window."""
+    recipe, window = stage.recipe, PT_WINDOW if name == "PT" else WINDOW
+    steps = max(2, round(stage.steps * scale * (ONE_VIEW_FACTOR if one_view else 1.0)))
+    peak = max(stage.lr.values())
+    return dataclasses.replace(
+        recipe,
+        init_from=str(init_from),
+        output_dir=str(output_dir),
+        log_interval=max(1, steps // 5),
+        image=ImageConfig(window_size=window, mode="single" if one_view else recipe.image.mode),
+        data=DataConfig(
+            name="painted", options=stage.options, prompt="plain", sequence_length=96, shuffle=False
+        ),
+        optimizer=OptimizerConfig(
+            lr_peak=peak,
+            lr_min=0.05 * peak,
+            lr_scale={part: rate / peak for part, rate in stage.lr.items()},
+            betas=(0.9, 0.98),
+            eps=1e-8,
+            weight_decay=0.01,
+            clip=recipe.optimizer.clip,
+        ),
+        schedule=ScheduleConfig(steps=steps, warmup_steps=max(1, round(0.08 * steps))),
+        parallel=ParallelConfig(
+            global_batch_size=stage.batch, zero_stage=recipe.parallel.zero_stage, precision=precision
+        ),
+    )
