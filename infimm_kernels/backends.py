@@ -160,4 +160,16 @@ def availability() -> list[Availability]:
             note = "" if candidate.default else "runs only when it is named"
             rows.append(Availability(op_name, candidate.name, "forward", reason, note))
             rows.append(Availability(op_name, candidate.name, "backward", reason, backward_note))
+    rows += _composed("gated_cross_attention", ("varlen_attention", "gated_residual_projection"), rows)
     return rows
+
+
+def _composed(op_name: str, parts: tuple[str, ...], rows: list[Availability]) -> list[Availability]:
+    """Rows of an op that is made of others: it runs where all of them do, for the first one's reason else."""
+    first, *others = ({(r.backend, r.direction): r for r in rows if r.op == part} for part in parts)
+    composed = []
+    for key, row in first.items():
+        reasons = [r.reason for r in (row, *(other[key] for other in others)) if r.reason is not None]
+        note = f"made of {' and '.join(parts)}"
+        composed.append(Availability(op_name, *key, reasons[0] if reasons else None, note))
+    return composed

@@ -5,6 +5,7 @@ checked; values inside a tensor only where reading them cannot stop a GPU or a t
 """
 
 import itertools
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -53,15 +54,18 @@ def shape(argument: str, value: Tensor, expected: Sequence[int], meaning: str) -
 
 
 def prefix_tokens(num_prefix_tokens: object) -> None:
-    if not _is_int(num_prefix_tokens) or not 0 <= num_prefix_tokens <= MAX_PREFIX_TOKENS:
+    if not is_int(num_prefix_tokens) or not 0 <= num_prefix_tokens <= MAX_PREFIX_TOKENS:
         fail("num_prefix_tokens", f"be an integer from 0 to {MAX_PREFIX_TOKENS}", num_prefix_tokens)
+
+
+LARGEST_FLOAT = sys.float_info.max
 
 
 def softmax_scale(value: object, head_dim: int) -> float:
     """The scale of the scores: `value`, or head_dim**-0.5 when it is None."""
     if value is None:
         return head_dim**-0.5
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value - value != 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= LARGEST_FLOAT:
         fail("softmax_scale", "be a finite number or None", value)
     return float(value)
 
@@ -99,7 +103,7 @@ def max_seqlen(argument: str, value: object, lengths: Tensor | int) -> None:
     """
     if value is None:
         return
-    if not _is_int(value) or value < 0:
+    if not is_int(value) or value < 0:
         fail(argument, "be a non-negative integer or None", value)
     longest = 0
     if not isinstance(lengths, Tensor):
@@ -125,5 +129,6 @@ def unit_last_stride(value: Tensor) -> Tensor:
     return value if value.shape[-1] <= 1 or value.stride(-1) == 1 else value.contiguous()
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether `value` is an integer, traced ones included; a bool is none."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ from infimm_kernels import autodiff, checks
 from infimm_kernels.attention import varlen_attention
 from infimm_kernels.gated_cross_attention.segments import MediaSegments
 from infimm_kernels.gated_residual import gated_residual_projection
+from infimm_kernels.gated_residual.op import check_branch, check_gate
 
 
 def gated_cross_attention(
@@ -29,16 +30,19 @@ def gated_cross_attention(
 
     Args:
         x: [batch, text_len, hidden], the residual stream; float16, bfloat16, float32 or float64.
-        query: [batch, text_len, num_heads, head_dim].
-        key, value: [total_vision, num_kv_heads, head_dim], the vision tokens of all images, packed in order.
-        out_weight: [hidden, num_heads * head_dim], the layout of torch.nn.Linear.
-        attn_gate: [hidden], before the tanh.
+        query: [batch, text_len, num_heads, head_dim]; the dtype of x, or one whose every value x can hold.
+        key, value: [total_vision, num_kv_heads, head_dim], the vision tokens of all images, packed in order;
+            dtype of query.
+        out_weight: [hidden, num_heads * head_dim], the layout of torch.nn.Linear; dtype of query.
+        attn_gate: [hidden], before the tanh; dtype of x or of out_weight.
         segments: from `media_segments` or `decode_segments`, on the device of x.
         softmax_scale: head_dim**-0.5 when None.
         backend: for both ops; see `infimm_kernels.backends`.
 
     Returns:
-        a new tensor of the shape and dtype of x (of the autocast dtype under autocast).
+        a new tensor of the shape and dtype of x.
+
+    Under autocast query, key, value and out_weight are cast to its dtype; x and attn_gate stay.
 
     Raises:
         ValueError: an argument breaks a rule above, or the named backend cannot run.
@@ -46,11 +50,31 @@ def gated_cross_attention(
     """
     checks.tensor("x", x, 3, "[batch, text_len, hidden]")
     checks.tensor("query", query, 4, "[batch, text_len, num_heads, head_dim]")
-    x, query = autodiff.to_autocast_dtype(x, query)
-    checks.same_kind("query", query, "x", x)
+    for name, tensor in (("key", key), ("value", value)):
+        checks.tensor(name, tensor, 3, "[total_vision, num_kv_heads, head_dim]")
+    checks.tensor("out_weight", out_weight, 2, "[hidden, num_heads * head_dim]")
+    checks.tensor("attn_gate", attn_gate, 1, "[hidden]")
+    checks.floating("x", x)
+    check_gate("attn_gate", attn_gate, x, "out_weight", out_weight)
+    query, key, value = autodiff.to_autocast_dtype(query, key, value)
+    check_branch("query", query, x)
+    # The projection casts the weight itself; here only its dtype matters, so no row is cast.
+    cast_weight = autodiff.to_autocast_dtype(out_weight[:0])[0]
+    for name, tensor in (("key", key), ("value", value), ("out_weight", cast_weight)):
+        checks.same_kind(name, tensor, "query", query)
     checks.shape("query", query, (*x.shape[:2], *query.shape[2:]), "[batch, text_len, num_heads, head_dim]")
+    num_heads, head_dim = query.shape[2:]
+    if key.shape[2] != head_dim or key.shape[1] < 1 or num_heads % key.shape[1]:
+        rule = f"have the head_dim of query ({head_dim}) and a divisor of its {num_heads} heads"
+        checks.fail("key", rule, list(key.shape))
+    checks.shape("value", value, key.shape, "the shape of key")
+    checks.shape(
+        "out_weight", out_weight, (x.shape[2], num_heads * head_dim), "[hidden, num_heads * head_dim]"
+    )
+    checks.shape("attn_gate", attn_gate, (x.shape[2],), "[hidden]")
     if not isinstance(segments, MediaSegments):
         checks.fail("segments", "be MediaSegments", type(segments).__name__)
+    checks.tensor("segments.text_mask", segments.text_mask, 2, "[batch, text_len]")
     checks.shape("segments.text_mask", segments.text_mask, x.shape[:2], "[batch, text_len]")
     out = varlen_attention(
         query.flatten(0, 1),

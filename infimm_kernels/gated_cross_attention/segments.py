@@ -13,6 +13,8 @@ from torch import Tensor
 
 from infimm_kernels import checks
 
+MAX_TOKENS = torch.iinfo(torch.int32).max
+
 
 class MediaSegments(NamedTuple):
     """The segments of a batch: one leading segment per sample and one per image, samples in order.
@@ -51,7 +53,11 @@ def media_segments(
     if media_locations.dtype != torch.bool:
         checks.fail("media_locations", "have dtype torch.bool", media_locations.dtype)
     device = media_locations.device
+    if device.type == "meta":
+        checks.fail("media_locations", "be on a CPU or CUDA device, its values are read", device)
     batch, text_len = media_locations.shape
+    if batch * text_len > MAX_TOKENS:
+        checks.fail("media_locations", f"hold at most {MAX_TOKENS} tokens (int32)", batch * text_len)
     lengths, images = _counts(vision_seqlens, images_per_sample)
     if len(images) != batch:
         checks.fail("images_per_sample", f"have one entry per sample ({batch})", len(images))
@@ -63,13 +69,14 @@ def media_segments(
                 f"mark one token per image in sample {sample} ({expected} images)",
                 f"{found} tokens",
             )
-    starts = torch.cat((torch.arange(batch) * text_len, locations.flatten().nonzero().squeeze(1)))
+    sample_starts = torch.arange(batch, device="cpu") * text_len
+    starts = torch.cat((sample_starts, locations.flatten().nonzero().squeeze(1)))
     # Stable: where a sample starts with <image>, its empty leading segment stays in front.
     starts, order = starts.sort(stable=True)
-    num_keys = torch.cat((torch.zeros(batch, dtype=torch.int64), lengths))[order]
+    num_keys = torch.cat((torch.zeros(batch, dtype=torch.int64, device="cpu"), lengths))[order]
     return MediaSegments(
-        torch.cat((starts, torch.tensor([batch * text_len]))).to(device, torch.int32),
-        _cumulative(num_keys).to(device),
+        torch.cat((starts, torch.tensor([batch * text_len], device="cpu"))).to(device, torch.int32),
+        _cumulative("vision_seqlens", num_keys).to(device),
         media_locations.cumsum(1) > 0,
     )
 
@@ -98,16 +105,18 @@ def decode_segments(
         checks.fail("text_len", "be a non-negative integer", text_len)
     lengths, images = _counts(vision_seqlens, images_per_sample)
     batch = len(images)
-    leading = images.cumsum(0) - images + torch.arange(batch)  # index of each sample's leading segment
-    num_keys = torch.zeros(batch + len(lengths), dtype=torch.int64)
-    is_image = torch.ones(len(num_keys), dtype=torch.bool)
+    leading = (
+        images.cumsum(0) - images + torch.arange(batch, device="cpu")
+    )  # index of each sample's leading segment
+    num_keys = torch.zeros(batch + len(lengths), dtype=torch.int64, device="cpu")
+    is_image = torch.ones(len(num_keys), dtype=torch.bool, device="cpu")
     is_image[leading] = False
     num_keys[is_image] = lengths
     num_queries = torch.zeros_like(num_keys)
     num_queries[leading + images] = text_len
     return MediaSegments(
-        _cumulative(num_queries).to(device),
-        _cumulative(num_keys).to(device),
+        _cumulative("text_len", num_queries).to(device),
+        _cumulative("vision_seqlens", num_keys).to(device),
         (images > 0).unsqueeze(1).repeat(1, text_len).to(device),
     )
 
@@ -127,11 +136,11 @@ def _counts(
 def _integers(argument: str, values: Sequence[int] | Tensor) -> Tensor:
     """A 1-D int64 CPU tensor of non-negative integers."""
     try:
-        result = torch.as_tensor(values).cpu()
+        result = values.cpu() if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         checks.fail(argument, "be a sequence of integers", values)
     if result.numel() == 0:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     if result.dim() != 1 or result.is_floating_point() or result.is_complex() or result.dtype == torch.bool:
         checks.fail(argument, "be a sequence of integers", values)
     if int(result.min()) < 0:
@@ -139,7 +148,10 @@ def _integers(argument: str, values: Sequence[int] | Tensor) -> Tensor:
     return result.long()
 
 
-def _cumulative(lengths: Tensor) -> Tensor:
-    result = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+def _cumulative(argument: str, lengths: Tensor) -> Tensor:
+    total = sum(lengths.tolist())
+    if total > MAX_TOKENS:
+        checks.fail(argument, f"count at most {MAX_TOKENS} tokens in all (int32)", total)
+    result = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="cpu")
     torch.cumsum(lengths, 0, dtype=torch.int32, out=result[1:])
     return result

@@ -24,17 +24,20 @@ def gated_residual_projection(
 
     Args:
         x: [..., hidden], float16, bfloat16, float32 or float64.
-        o: [..., inner], the leading shape of x; dtype and device of x, as weight and gate.
-        weight: [hidden, inner], the layout of torch.nn.Linear.
-        gate: [hidden], before the tanh.
+        o: [..., inner], the leading shape and the device of x; the dtype of x, or one whose every value x
+            can hold: a float32 residual stream takes a bfloat16 branch.
+        weight: [hidden, inner], the layout of torch.nn.Linear; dtype and device of o.
+        gate: [hidden], before the tanh; dtype of x or of weight, device of x.
         row_mask: bool, the leading shape of x, on the device of x; None for all True.
         backend: "reference" or "triton"; None chooses. See `infimm_kernels.backends`.
 
     Returns:
-        a new tensor of the shape and dtype of x.
+        a new tensor of the shape and dtype of x. Sums are in float32 at least, and each gradient has the
+        dtype of its tensor.
 
-    Under autocast all four floating tensors are cast to its dtype. Forward-mode AD, torch.func transforms and
-    the backward of the backward run a plain PyTorch version.
+    Under autocast o and weight are cast to its dtype; x and gate stay, so the residual stream keeps its
+    precision as in ``x + linear(o)``, and the dtype of weight that gate may have is the one before the cast.
+    Forward-mode AD, torch.func transforms and the backward of the backward run a plain PyTorch version.
 
     Raises:
         ValueError: an argument breaks a rule above, or the named backend cannot run.
@@ -46,10 +49,11 @@ def gated_residual_projection(
             checks.fail(name, "have at least one dimension", list(value.shape))
     checks.tensor("weight", weight, 2, "[hidden, inner]")
     checks.tensor("gate", gate, 1, "[hidden]")
-    x, o, weight, gate = autodiff.to_autocast_dtype(x, o, weight, gate)
     checks.floating("x", x)
-    for name, value in (("o", o), ("weight", weight), ("gate", gate)):
-        checks.same_kind(name, value, "x", x)
+    check_gate("gate", gate, x, "weight", weight)
+    o, weight = autodiff.to_autocast_dtype(o, weight)
+    check_branch("o", o, x)
+    checks.same_kind("weight", weight, "o", o)
     hidden, inner = x.shape[-1], o.shape[-1]
     if hidden < 1 or inner < 1:
         checks.fail("weight", "have at least one row and one column", list(weight.shape))
@@ -64,6 +68,22 @@ def gated_residual_projection(
         checks.shape("row_mask", row_mask, x.shape[:-1], "the leading shape of x")
     backends.check(backend)
     return _call(x, o, weight, gate, row_mask, backend)
+
+
+def check_branch(argument: str, value: Tensor, x: Tensor) -> None:
+    """`value` must be on the device of x, and of a dtype that adding to x does not widen."""
+    checks.floating(argument, value)
+    if torch.promote_types(x.dtype, value.dtype) != x.dtype:
+        checks.fail(argument, f"have the dtype of x ({x.dtype}) or a narrower one", value.dtype)
+    checks.same_device(argument, value, "x", x)
+
+
+def check_gate(argument: str, gate: Tensor, x: Tensor, weight_name: str, weight: Tensor) -> None:
+    """`gate` must have the dtype of x or that of `weight` before autocast."""
+    if gate.dtype not in (x.dtype, weight.dtype):
+        rule = f"have the dtype of x ({x.dtype}) or of {weight_name} ({weight.dtype})"
+        checks.fail(argument, rule, gate.dtype)
+    checks.same_device(argument, gate, "x", x)
 
 
 _library = torch.library.Library("infimm_kernels", "FRAGMENT")

@@ -1,15 +1,17 @@
 """x + tanh(gate) * (o @ weight^T), stated in eager PyTorch.
 
-With t = tanh(gate), dy the gradient of the result and dm = dy with its masked rows set to zero:
+With m = o @ weight^T, t = tanh(gate), dy the gradient of the result and dm = dy with its masked rows set to
+zero:
 
     S = dm^T o                     [hidden, inner]
     dx = dy
     do = (dm * t) weight
-    dweight = t[:, None] * S
-    dgate = (1 - t^2) * rowsum(weight * S)
+    dweight = t[:, None] * S  =  (dm * t)^T o
+    dgate = (1 - t^2) * rowsum(weight * S)  =  (1 - t^2) * columnsum(dm * m)
 
-so the backward needs the inputs alone: o @ weight^T is not saved. The compute dtype is
-``torch.promote_types(dtype, torch.float32)``.
+so the backward needs the inputs alone: m is not saved. The compute dtype is the widest of the inputs' and
+float32. o and weight in bfloat16 are multiplied as they are, like torch.nn.functional.linear does under
+autocast; a rounded S would double the error of dgate, so there the second forms hold, with m made again.
 """
 
 import torch
@@ -34,22 +36,35 @@ def differentiable(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor, row_mask:
     return (x.to(update.dtype) + update).to(x.dtype)
 
 
-def _update(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    dtype = compute_dtype(x.dtype)
-    return torch.nn.functional.linear(o.to(dtype), weight.to(dtype)) * gate.to(dtype).tanh()
-
-
 def backward(
     dy: Tensor, o: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of o, weight and gate; that of x is dy itself."""
-    dtype = compute_dtype(dy.dtype)
-    t, w = gate.to(dtype).tanh(), weight.to(dtype)
+    """The gradients of o, weight and gate, each in its dtype; that of x is dy itself."""
+    dtype = compute_dtype(torch.promote_types(dy.dtype, gate.dtype))
+    product_dtype = _product_dtype(o, dtype)
     dm = dy.to(dtype)
     if row_mask is not None:
         dm = dm.masked_fill(~row_mask.unsqueeze(-1), 0.0)
         o = o.masked_fill(~row_mask.unsqueeze(-1), 0.0)  # or a NaN in a masked row would reach S
-    s = dm.reshape(-1, dm.shape[-1]).t() @ o.to(dtype).reshape(-1, o.shape[-1])
-    do = (dm * t) @ w
-    dgate = (1 - t * t) * (w * s).sum(1)
-    return do.to(o.dtype), (t.unsqueeze(1) * s).to(weight.dtype), dgate.to(gate.dtype)
+    t = gate.to(dtype).tanh()
+    wp, dmt = weight.to(product_dtype), (dm * t).to(product_dtype)
+    do = dmt @ wp
+    op, dm, dmt = (y.flatten(0, -2) if y.dim() > 1 else y[None] for y in (o.to(product_dtype), dm, dmt))
+    if product_dtype == dtype:
+        s = dm.t() @ op
+        dweight, sums = t.unsqueeze(1) * s, (wp * s).sum(1)
+    else:
+        dweight, sums = dmt.t() @ op, (dm * torch.nn.functional.linear(op, wp)).sum(0)
+    return do.to(o.dtype), dweight.to(weight.dtype), ((1 - t * t) * sums).to(gate.dtype)
+
+
+def _update(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    dtype = compute_dtype(torch.promote_types(x.dtype, gate.dtype))
+    product_dtype = _product_dtype(o, dtype)
+    m = torch.nn.functional.linear(o.to(product_dtype), weight.to(product_dtype))
+    return m.to(dtype) * gate.to(dtype).tanh()
+
+
+def _product_dtype(o: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 has the range of float32 and fast CPU matmuls; float16 could overflow and is slow there."""
+    return o.dtype if o.dtype == torch.bfloat16 else dtype

@@ -105,7 +105,7 @@ class Config(NamedTuple):
 
 
 def config(dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The tile for a GPU of this compute capability; chosen for registers, its speed is not measured."""
+    """The tile for o and weight of this dtype; chosen for registers, its speed is not measured."""
     if dtype == torch.float32:
         return Config(64, 64, 32, 4, 2)
     if capability[0] in (9, 10):  # the GPUs with more than 200 KB of shared memory
@@ -127,7 +127,7 @@ def launch_gated_residual_projection(
     num_rows = rows_x.shape[0]
     if num_rows == 0:
         return y
-    tile = config(x.dtype, torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0))
+    tile = config(o.dtype, torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0))
     grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(hidden, tile.block_n),)
     with torch.cuda.device_of(x):
         gated_residual_kernel[grid](
@@ -157,12 +157,23 @@ def launch_gated_residual_projection(
 
 
 def aot_configs() -> Iterator[AotConfig]:
-    """Every configuration that `launch_gated_residual_projection` can choose, per dtype."""
+    """Every tile that `launch_gated_residual_projection` can choose, per dtype of o and of x.
+
+    The gate is in the dtype of x here; another one changes a single load.
+    """
+    dtypes = (
+        (torch.float16, "fp16", "fp16"),
+        (torch.bfloat16, "bf16", "bf16"),
+        (torch.float32, "fp32", "fp32"),
+        (torch.float16, "fp16", "fp32"),
+        (torch.bfloat16, "bf16", "fp32"),
+    )
     for capability in ((8, 0), (9, 0)):
-        for dtype, pointer in ((torch.float16, "*fp16"), (torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        for dtype, branch, stream in dtypes:
             for has_row_mask, even_inner in ((True, True), (False, True), (True, False)):
                 tile = config(dtype, capability)
-                signature = {name: pointer for name in ("x_ptr", "o_ptr", "weight_ptr", "gate_ptr", "y_ptr")}
+                signature = {f"{name}_ptr": f"*{branch}" for name in ("o", "weight")}
+                signature |= {f"{name}_ptr": f"*{stream}" for name in ("x", "gate", "y")}
                 signature |= {"row_mask_ptr": "*u8"} if has_row_mask else {}
                 signature |= {f"stride_{name}_row": "i32" for name in ("x", "o", "weight", "y")}
                 signature |= {"num_rows": "i32", "hidden": "i32", "inner": "i32"}
@@ -176,7 +187,7 @@ def aot_configs() -> Iterator[AotConfig]:
                 }
                 if not has_row_mask:
                     constexprs["row_mask_ptr"] = None
-                name = f"gated_residual row_mask={has_row_mask} even_inner={even_inner} {pointer[1:]}"
+                name = f"gated_residual row_mask={has_row_mask} even_inner={even_inner} {branch}+{stream}"
                 yield AotConfig(
                     gated_residual_kernel,
                     name,

@@ -81,10 +81,10 @@ def _window_shape(window_shape: tuple[int, int] | None, num_patches: int) -> tup
                 "window_shape", f"be given when the number of patches ({num_patches}) is not a square", None
             )
         return side, side
-    try:
-        height, width = (int(side) for side in window_shape)
-    except (TypeError, ValueError):
-        checks.fail("window_shape", "be a pair of integers (h, w)", window_shape)
+    is_pair = isinstance(window_shape, (tuple, list)) and len(window_shape) == 2
+    if not is_pair or not all(map(checks.is_int, window_shape)):
+        checks.fail("window_shape", "be a pair of integers (h, w)", repr(window_shape))
+    height, width = window_shape
     if height < 0 or width < 0 or height * width != num_patches:
         checks.fail("window_shape", f"hold the {num_patches} patches of a window", (height, width))
     return height, width

@@ -9,6 +9,13 @@ from infimm_kernels.testing import packed_lengths
 
 AWKWARD_LENGTHS = ((0,), (1,), (2,), (63,), (64,), (65,), (257,), (1, 0, 65, 2, 64, 0), (3, 63, 3, 63, 5))
 HEAD_DIMS = (32, 64, 80, 88, 112, 128)
+# Of (x, o and weight, gate): a residual stream wider than the branch that is added to it.
+MIXED_DTYPES = (
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float16, torch.float32),
+    (torch.float32, torch.float16, torch.float16),
+)
 
 
 def attention_inputs(
@@ -74,10 +81,16 @@ def eager_gated(x, o, weight, gate, row_mask=None) -> Tensor:
 
 
 def gated_inputs(rows=(2, 5), hidden=12, inner=8, dtype=torch.float64, device="cpu") -> tuple[Tensor, ...]:
-    """x, o, weight, gate that need a gradient."""
-    shapes = ((*rows, hidden), (*rows, inner), (hidden, inner), (hidden,))
+    """x, o, weight, gate that need a gradient; `dtype` of all, or those of (x, o and weight, gate)."""
+    stream, branch, gate = dtype if isinstance(dtype, tuple) else (dtype,) * 3
+    shapes = (
+        ((*rows, hidden), stream),
+        ((*rows, inner), branch),
+        ((hidden, inner), branch),
+        ((hidden,), gate),
+    )
     return tuple(
-        torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_() for shape in shapes
+        torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_() for shape, dtype in shapes
     )
 
 

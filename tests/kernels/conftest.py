@@ -8,6 +8,11 @@ from infimm_kernels import testing
 if importlib.util.find_spec("triton") is not None:
     testing.repair_interpreter_bf16()
 
+# PyTorch notes the functions that `torch.device` acts on at its first use. If that happens inside a test
+# here, it notes the poisoned ones, and a later test's "meta" model of 13 B parameters fills real memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poison():

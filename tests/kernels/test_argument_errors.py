@@ -5,7 +5,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infimm_kernels import add_position_2d, gated_residual_projection, varlen_attention, window_attention
+from infimm_kernels import (
+    add_position_2d,
+    decode_segments,
+    gated_cross_attention,
+    gated_residual_projection,
+    media_segments,
+    varlen_attention,
+    window_attention,
+)
 from infimm_kernels.testing import packed_lengths
 
 T = torch.randn
@@ -33,6 +41,15 @@ def gated(**change):
     return gated_residual_projection(
         **({"x": T(2, 4, 8), "o": T(2, 4, 6), "weight": T(8, 6), "gate": T(8)} | change)
     )
+
+
+SEGMENTS = media_segments(torch.tensor([[False, True, False]]), [5], [1])
+
+
+def cross(**change):
+    names = ("x", "query", "key", "value", "out_weight", "attn_gate")
+    legal = (T(1, 3, 8), T(1, 3, 2, 4), T(5, 2, 4), T(5, 2, 4), T(8, 8), T(8))
+    return gated_cross_attention(**(dict(zip(names, legal, strict=True)) | {"segments": SEGMENTS} | change))
 
 
 def ints(*values, dtype=torch.int32):
@@ -152,7 +169,45 @@ BAD = [
     (gated, {"weight": T(6, 8)}, "weight must have shape [hidden, inner] = [8, 6], got [6, 8]"),
     (gated, {"weight": T(8)}, "weight must have shape [hidden, inner], got [8]"),
     (gated, {"gate": T(6)}, "gate must have shape [hidden] = [8], got [6]"),
-    (gated, {"gate": T(8).half()}, "gate must have the dtype of x (torch.float32), got torch.float16"),
+    (
+        gated,
+        {"x": T(2, 4, 8).int()},
+        "x must have dtype float16, bfloat16, float32 or float64, got torch.int32",
+    ),
+    (
+        gated,
+        {"o": T(2, 4, 6).int()},
+        "o must have dtype float16, bfloat16, float32 or float64, got torch.int32",
+    ),
+    (
+        gated,
+        {"o": T(2, 4, 6).double(), "weight": T(8, 6).double()},
+        "o must have the dtype of x (torch.float32) or a narrower one, got torch.float64",
+    ),
+    (
+        gated,
+        {
+            "x": T(2, 4, 8).half(),
+            "o": T(2, 4, 6).bfloat16(),
+            "weight": T(8, 6).bfloat16(),
+            "gate": T(8).half(),
+        },
+        "o must have the dtype of x (torch.float16) or a narrower one, got torch.bfloat16",
+    ),
+    (gated, {"o": T(2, 4, 6).half()}, "weight must have the dtype of o (torch.float16), got torch.float32"),
+    (
+        gated,
+        {"gate": T(8).half()},
+        "gate must have the dtype of x (torch.float32) or of weight (torch.float32), got torch.float16",
+    ),
+    (
+        gated,
+        {"o": T(2, 4, 6).bfloat16(), "weight": T(8, 6).bfloat16(), "gate": T(8).double()},
+        "gate must have the dtype of x (torch.float32) or of weight (torch.bfloat16), got torch.float64",
+    ),
+    (gated, {"o": T(2, 4, 6, device="meta")}, "o must be on the device of x (cpu), got meta"),
+    (gated, {"weight": T(8, 6, device="meta")}, "weight must be on the device of o (cpu), got meta"),
+    (gated, {"gate": T(8, device="meta")}, "gate must be on the device of x (cpu), got meta"),
     (gated, {"row_mask": torch.ones(2, 4)}, "row_mask must have dtype torch.bool, got torch.float32"),
     (
         gated,
@@ -169,6 +224,33 @@ BAD = [
         {"backend": "cuda"},
         "backend must name a backend that can run gated_residual_projection, got 'cuda': ga",
     ),
+    (varlen, {"softmax_scale": 10**400}, "softmax_scale must be a finite number or None, got 1000"),
+    (
+        position,
+        {"granularity": "token", "window_shape": (3.0, 3)},
+        "window_shape must be a pair of integers (h, w), got (3.0, 3)",
+    ),
+    (
+        position,
+        {"granularity": "token", "window_shape": (float("inf"), 1)},
+        "window_shape must be a pair of integers (h, w), got (inf, 1)",
+    ),
+    (position, {"granularity": "token", "window_shape": "33"}, "window_shape must be a pair of integers"),
+    (
+        cross,
+        {"key": T(5, 2, 3)},
+        "key must have the head_dim of query (4) and a divisor of its 2 heads, got [5, 2, 3]",
+    ),
+    (cross, {"key": T(5, 3, 4)}, "key must have the head_dim of query (4) and a divisor of its 2 heads"),
+    (cross, {"value": T(6, 2, 4)}, "value must have shape the shape of key = [5, 2, 4], got [6, 2, 4]"),
+    (cross, {"out_weight": T(8, 7)}, "out_weight must have shape [hidden, num_heads * head_dim] = [8, 8]"),
+    (cross, {"attn_gate": T(7)}, "attn_gate must have shape [hidden] = [8], got [7]"),
+    (cross, {"segments": None}, "segments must be MediaSegments, got NoneType"),
+    (
+        cross,
+        {"segments": SEGMENTS._replace(text_mask=None)},
+        "segments.text_mask must be a torch.Tensor, got NoneType",
+    ),
 ]
 
 
@@ -181,7 +263,7 @@ def test_message(call, change, message):
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("call", [varlen, window, position, gated])
+@pytest.mark.parametrize("call", [varlen, window, position, gated, cross])
 def test_the_unchanged_call_is_legal(call):
     assert call().isfinite().all()
 
@@ -244,3 +326,25 @@ def test_any_cu_seqlens_gives_a_result_or_a_value_error(values):
         return
     with pytest.raises(ValueError, match="cu_seqlens_q must"):
         varlen(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+
+
+def test_segments_refuse_more_tokens_than_int32_counts():
+    """Cumulative lengths wrapped to negative numbers, which a kernel would have clamped without a word."""
+    with pytest.raises(ValueError, match="vision_seqlens must count at most 2147483647 tokens"):
+        media_segments(torch.tensor([[True, True]]), [2**31 - 1, 3], [2])
+    with pytest.raises(ValueError, match="vision_seqlens must count at most 2147483647 tokens"):
+        decode_segments([2**31 - 1, 3], [2])
+    with pytest.raises(ValueError, match="text_len must count at most 2147483647 tokens"):
+        decode_segments([3], [1], text_len=2**31)
+
+
+def test_segments_do_not_depend_on_the_default_device():
+    """Under `torch.device("meta")` the counts became meta tensors and a false error blamed them."""
+    locations = torch.tensor([[False, True, False]])
+    with torch.device("meta"):
+        made = media_segments(locations, [5], [1])
+        decoded = decode_segments([5], [1])
+    assert made.cu_seqlens_q.tolist() == [0, 1, 3] and made.cu_seqlens_k.tolist() == [0, 0, 5]
+    assert decoded.cu_seqlens_q.tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="media_locations must be on a CPU or CUDA device"):
+        media_segments(locations.to("meta"), [5], [1])

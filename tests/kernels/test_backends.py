@@ -121,6 +121,7 @@ def test_availability_has_a_line_for_every_op_backend_and_direction():
         "window_attention",
         "add_position_2d",
         "gated_residual_projection",
+        "gated_cross_attention",
     }
     assert all(row.reason is None for row in rows if row.backend == "reference")
     notes = {row.op: row.note for row in rows if row.backend == "triton" and row.direction == "backward"}

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infimm_kernels import decode_segments, gated_cross_attention, media_segments
-from infimm_kernels.testing import max_error
-from tests.kernels.cases import masked_attention
+from infimm_kernels.testing import assert_within_twice_eager, max_error
+from tests.kernels.cases import MIXED_DTYPES, exact, masked_attention
 
 # Rows of text; X marks an <image> token.
 BATCHES = (
@@ -76,6 +76,33 @@ def test_equals_the_masked_form_for_any_text(data):
     rows = data.draw(st.lists(row, min_size=1, max_size=4))
     num_images = sum(row.count("X") for row in rows)
     check_step(rows, data.draw(st.lists(st.integers(0, 4), min_size=num_images, max_size=num_images)))
+
+
+@pytest.mark.parametrize("dtypes", MIXED_DTYPES, ids=str)
+def test_twice_eager_with_a_wider_residual_stream(dtypes):
+    rows, vision_seqlens = ["..X...", "XX...X", "......"], [5, 3, 0, 7]
+    stream, branch, gate = dtypes
+    torch.manual_seed(0)
+    inputs = tuple(
+        x.detach().to(dtype).requires_grad_()
+        for x, dtype in zip(step_inputs(rows, vision_seqlens), (stream, *(branch,) * 4, gate), strict=True)
+    )
+    segments = media_segments(locations(rows), vision_seqlens, [row.count("X") for row in rows])
+
+    def eager(x, query, key, value, weight, gate):
+        out = masked_attention(query.flatten(0, 1), key, value, hidden_mask(rows, vision_seqlens))
+        return x + gate.tanh() * torch.nn.functional.linear(out.reshape(*x.shape[:2], 8), weight)
+
+    inputs64 = exact(*inputs)
+    results = gated_cross_attention(*inputs, segments), eager(*inputs), eager(*inputs64)
+    assert_within_twice_eager("y", *results)
+    dy = torch.randn_like(results[0])
+    ours, theirs = (torch.autograd.grad(y, inputs, dy) for y in results[:2])
+    expected = torch.autograd.grad(results[2], inputs64, dy.double())
+    for name, a, b, c in zip(
+        ("x", "query", "key", "value", "weight", "gate"), ours, theirs, expected, strict=True
+    ):
+        assert_within_twice_eager(f"d{name}", a, b, c)
 
 
 def test_segments_by_hand():
@@ -166,3 +193,37 @@ def test_bad_step():
         gated_cross_attention(
             x, query, key, value, weight, gate, segments._replace(text_mask=torch.ones(1, 3) > 0)
         )
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        (
+            {"x": torch.float32, "attn_gate": torch.float32},
+            r"query must have the dtype of x \(torch.float32\) or a narrower one, got torch.float64",
+        ),
+        (
+            {"query": torch.int64},
+            "query must have dtype float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        ({"key": torch.float32}, r"key must have the dtype of query \(torch.float64\), got torch.float32"),
+        (
+            {"value": torch.float32},
+            r"value must have the dtype of query \(torch.float64\), got torch.float32",
+        ),
+        (
+            {"out_weight": torch.float32},
+            r"out_weight must have the dtype of query \(torch.float64\), got torch.float32",
+        ),
+        (
+            {"attn_gate": torch.float32},
+            r"attn_gate must have the dtype of x \(torch.float64\) or of out_weight \(torch.float64\)",
+        ),
+    ],
+)
+def test_bad_dtypes_of_the_step(dtypes, message):
+    names = ("x", "query", "key", "value", "out_weight", "attn_gate")
+    inputs = dict(zip(names, step_inputs(["..X."], [3]), strict=True))
+    inputs |= {name: inputs[name].detach().to(dtype) for name, dtype in dtypes.items()}
+    with pytest.raises(ValueError, match=message):
+        gated_cross_attention(**inputs, segments=media_segments(locations(["..X."]), [3], [1]))

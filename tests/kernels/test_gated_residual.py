@@ -3,9 +3,11 @@ import torch
 
 from infimm_kernels import gated_residual_projection
 from infimm_kernels.testing import assert_within_twice_eager, max_error
-from tests.kernels.cases import eager_gated, exact, gated_inputs
+from tests.kernels.cases import MIXED_DTYPES, eager_gated, exact, gated_inputs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, *FLOATS, *MIXED_DTYPES, (torch.float64, torch.float32, torch.float64))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -33,7 +35,7 @@ def test_gradcheck(masked):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("size", [(1, 16, 16), (65, 80, 48), (257, 72, 112)], ids=str)
 def test_twice_eager(size, dtype):
     rows, hidden, inner = size
@@ -55,7 +57,7 @@ def test_twice_eager(size, dtype):
         assert_within_twice_eager(name, a, b, c)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, *FLOATS), ids=str)
+@every_dtype
 def test_a_zero_gate_returns_x_bit_for_bit(dtype):
     """x + 0.0 is not enough: it turns the -0.0 of x into 0.0."""
     x, o, weight, gate = (t.detach() for t in gated_inputs((3, 5), dtype=dtype))
@@ -65,7 +67,7 @@ def test_a_zero_gate_returns_x_bit_for_bit(dtype):
     assert not torch.equal(y[..., 6:], x[..., 6:])
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, *FLOATS), ids=str)
+@every_dtype
 def test_masked_rows_return_x_bit_for_bit(dtype):
     """Whatever is in the masked rows of o: NaN too, which must not reach a gradient either."""
     inputs = gated_inputs((3, 5), dtype=dtype)
@@ -80,6 +82,22 @@ def test_masked_rows_return_x_bit_for_bit(dtype):
     assert torch.equal(do[~mask], torch.zeros_like(do[~mask]))
     assert not dweight.isnan().any()
     assert not dgate.isnan().any()
+
+
+@pytest.mark.parametrize("stream", [torch.float16, torch.float32], ids=str)
+def test_float16_products_do_not_overflow(stream):
+    """o @ weight^T leaves the range of float16 here, and the gate brings it back."""
+    inputs = gated_inputs((3,), 4, 16, (stream, torch.float16, stream))
+    with torch.no_grad():
+        for tensor, value in zip(inputs, (1.0, 100.0, 100.0, 0.01), strict=True):
+            tensor.fill_(value)
+    y, inputs64 = gated_residual_projection(*inputs), exact(*inputs)
+    y64 = eager_gated(*inputs64)
+    torch.testing.assert_close(y, y64.to(stream))
+    dy = torch.full_like(y, 0.01)
+    ours, expected = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y64, inputs64, dy.double())
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype))
 
 
 def bits(x):

@@ -8,6 +8,7 @@ from infimm_kernels.testing import assert_within_twice_eager, max_error, packed_
 from tests.kernels.cases import (
     AWKWARD_LENGTHS,
     HEAD_DIMS,
+    MIXED_DTYPES,
     attention_inputs,
     eager_attention,
     eager_gated,
@@ -39,7 +40,7 @@ def test_attention(lengths, head_dim, dtype):
         assert_within_twice_eager(f"d{name}", a, b, c)
 
 
-@floats
+@pytest.mark.parametrize("dtype", (*FLOATS, *MIXED_DTYPES), ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [(1, 16, 16), (65, 80, 48), (257, 5120, 768)], ids=str)
 def test_gated_residual(size, masked, dtype):

@@ -74,6 +74,7 @@ def registered_calls():
     q, k, v, cu_q, cu_k = attention_inputs((3, 2, 4), (2, 0, 5), 2, 1, 8)
     qkv, packed, cu = window().inputs[0], packed_window().inputs[0], packed_window_lengths()
     x, o, weight, gate = gated_inputs((2, 4))
+    mixed = gated_inputs((2, 4), dtype=(torch.float32, torch.bfloat16, torch.float32))
     dout, dlse = torch.randn(9, 2, 8).double(), torch.randn(2, 9).double()
     plain = [t.detach() for t in (q, k, v)]
     return {
@@ -89,6 +90,11 @@ def registered_calls():
         "gated backward": (
             ops.gated_residual_projection_backward,
             (x.detach(), o.detach(), weight.detach(), gate.detach(), ROW_MASK),
+        ),
+        "gated, mixed dtypes": (ops.gated_residual_projection, (*mixed, ROW_MASK, None)),
+        "gated backward, mixed dtypes": (
+            ops.gated_residual_projection_backward,
+            (*(t.detach() for t in mixed), ROW_MASK),
         ),
     }
 
@@ -193,7 +199,7 @@ def test_functional_gradients(make):
     assert max(max_error(b[1], e) for b, e in zip(batched, expected, strict=True)) < 1e-12
 
 
-@pytest.mark.parametrize("make", [varlen, window, gated, cross], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [varlen, window], ids=lambda make: make.__name__)
 def test_autocast(make):
     case = make(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -210,6 +216,52 @@ def test_autocast(make):
         assert torch.equal(ours, theirs.float())
 
 
+residual_ops = pytest.mark.parametrize("make", [gated, cross], ids=lambda make: make.__name__)
+
+
+@residual_ops
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_keeps_the_residual_stream(make, compiled):
+    """x and the gate were once cast too, and training in autocast then lost the float32 stream."""
+    case = make(torch.float32)
+    call = torch.compile(case.call, fullgraph=True, backend="aot_eager") if compiled else case.call
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(*case.inputs)
+    x, *branch, gate = (t.detach() for t in case.inputs)
+    low = tuple(t.requires_grad_() for t in (x, *(t.bfloat16() for t in branch), gate))
+    expected = case.call(*low)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    dout = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, case.inputs, dout), torch.autograd.grad(expected, low, dout), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs.float())
+
+
+@residual_ops
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_with_a_zero_gate_returns_x_bit_for_bit(make, dtype):
+    case = make(torch.float32)
+    x, *branch, gate = (t.detach() for t in case.inputs)
+    x[:, 0] = -0.0
+    with torch.autocast("cpu", dtype=dtype):
+        y = case.call(x, *branch, torch.zeros_like(gate))
+    assert y.dtype == torch.float32
+    assert torch.equal(y.view(torch.int32), x.view(torch.int32))
+
+
+def test_transforms_under_autocast_keep_the_residual_stream():
+    case = gated(torch.float32)
+    inputs = tuple(x.detach() for x in case.inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = case.call(*inputs)
+        primal, tangent = torch.func.jvp(case.call, inputs, (torch.ones_like(inputs[0]), *inputs[1:]))
+    assert primal.dtype == tangent.dtype == torch.float32
+    assert torch.equal(primal, expected)
+
+
 @every_op
 def test_autocast_leaves_float64_and_the_reference_alone(make):
     case = make()
@@ -223,10 +275,13 @@ def test_autocast_leaves_float64_and_the_reference_alone(make):
 
 
 def test_autocast_mixes_dtypes_as_eager_does():
-    """Inside autocast a bfloat16 activation meets a float32 weight; that is legal."""
+    """Inside autocast bfloat16 activations meet float32 parameters; that is legal."""
     x, o, weight, gate = gated_inputs((4,), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert gated_residual_projection(x, o.bfloat16(), weight, gate).dtype == torch.bfloat16
+        for stream in (x, x.bfloat16()):
+            y = gated_residual_projection(stream, o.bfloat16(), weight, gate)
+            assert y.dtype == stream.dtype
+            assert torch.equal(gated_residual_projection(stream, o, weight, gate), y)
 
 
 def test_position_ignores_autocast():

@@ -8,6 +8,7 @@ from infimm_kernels.testing import assert_within_twice_eager, packed_lengths
 from tests.kernels.cases import (
     AWKWARD_LENGTHS,
     HEAD_DIMS,
+    MIXED_DTYPES,
     attention_inputs,
     eager_attention,
     eager_gated,
@@ -19,6 +20,7 @@ from tests.kernels.cases import (
 pytestmark = pytest.mark.usefixtures("interpreter")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 floats = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+floats_and_mixed = pytest.mark.parametrize("dtype", (*FLOATS, *MIXED_DTYPES), ids=str)
 
 
 def check_attention(q, k, v, cu_q, cu_k):
@@ -135,7 +137,7 @@ def test_backward_after_the_triton_forward():
     assert all(map(torch.equal, ours, theirs))
 
 
-@floats
+@floats_and_mixed
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [(1, 16, 16), (65, 80, 48), (130, 72, 64)], ids=str)
 def test_gated_residual(size, masked, dtype):
@@ -157,7 +159,7 @@ def test_gated_residual_tanh(magnitude):
     torch.testing.assert_close(y[0].double(), gate.double().tanh() * update, rtol=4e-7, atol=0)
 
 
-@floats
+@floats_and_mixed
 def test_gated_residual_returns_x_bit_for_bit(dtype):
     x, o, weight, gate = (t.detach() for t in gated_inputs((6,), 20, 16, dtype))
     x[:3], gate[:10] = -0.0, 0.0
