@@ -1,17 +1,18 @@
 """Configuration of InfiMM-HD: plain dataclasses, limits checked when they are made, JSON in and out."""
 
+import copy
 import dataclasses
-import difflib
+import inspect
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .checks import is_finite_number, is_int, require, require_known_keys, require_positive_ints
+
 PositionGranularity = Literal["window", "token", "none"]
-
-
-def _require(condition: bool, field: str, rule: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{field} must {rule}, got {value!r}")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -35,41 +36,25 @@ class VisionConfig:
     """Start of the learned position table: N(0, 0.02), or a smooth 2-D sine table for short trainings."""
 
     def __post_init__(self) -> None:
-        for field in (
-            "window_size",
-            "patch_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "intermediate_size",
-        ):
-            value = getattr(self, field)
-            _require(isinstance(value, int) and value > 0, f"vision.{field}", "be a positive int", value)
-        _require(
-            self.window_size % self.patch_size == 0,
-            "vision.window_size",
-            f"be a multiple of patch_size {self.patch_size}",
-            self.window_size,
-        )
-        _require(
-            self.hidden_size % self.num_heads == 0,
-            "vision.hidden_size",
-            f"be a multiple of num_heads {self.num_heads}",
-            self.hidden_size,
-        )
-        _require(
+        sizes = ("window_size", "patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
+        require_positive_ints({field: getattr(self, field) for field in sizes}, "vision.")
+        for field, divisor in (("window_size", "patch_size"), ("hidden_size", "num_heads")):
+            value, of = getattr(self, field), getattr(self, divisor)
+            require(value % of == 0, f"vision.{field}", f"be a multiple of {divisor} {of}", value)
+        require(
             self.hidden_size % 4 == 0,
             "vision.hidden_size",
             "be a multiple of 4 (2-D position)",
             self.hidden_size,
         )
-        _require(
-            -self.num_layers <= self.feature_layer <= -1,
-            "vision.feature_layer",
-            f"be between {-self.num_layers} and -1",
-            self.feature_layer,
-        )
-        _require(
+        layer = self.feature_layer
+        legal = is_int(layer, -self.num_layers) and layer <= -1
+        require(legal, "vision.feature_layer", f"be an int between {-self.num_layers} and -1", layer)
+        legal = is_finite_number(self.layer_norm_eps) and self.layer_norm_eps > 0
+        require(legal, "vision.layer_norm_eps", "be a positive number", self.layer_norm_eps)
+        gain = self.norm_gain_init
+        require(is_finite_number(gain), "vision.norm_gain_init", "be a finite number", gain)
+        require(
             self.position_init in ("normal", "sincos"),
             "vision.position_init",
             "be 'normal' or 'sincos'",
@@ -106,15 +91,15 @@ class GatedCrossAttentionConfig:
     """2-D position of a window in its image: one vector per window, one per patch, or none."""
 
     def __post_init__(self) -> None:
-        for field in ("interval", "num_heads", "head_dim", "ffn_ratio"):
-            value = getattr(self, field)
-            _require(
-                isinstance(value, int) and value > 0,
-                f"gated_cross_attention.{field}",
-                "be a positive int",
-                value,
-            )
-        _require(
+        sizes = ("interval", "num_heads", "head_dim", "ffn_ratio")
+        require_positive_ints({field: getattr(self, field) for field in sizes}, "gated_cross_attention.")
+        require(
+            isinstance(self.visual_token_transform, bool),
+            "gated_cross_attention.visual_token_transform",
+            "be True or False",
+            self.visual_token_transform,
+        )
+        require(
             self.position in ("window", "token", "none"),
             "gated_cross_attention.position",
             "be 'window', 'token' or 'none'",
@@ -138,16 +123,21 @@ class InfiMMHDConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        vocab_size = self.language.get("vocab_size", 32000)
+        parts = {"vision": VisionConfig, "gated_cross_attention": GatedCrossAttentionConfig, "language": dict}
+        for field, part in parts.items():
+            value = getattr(self, field)
+            require(isinstance(value, part), field, f"be a {part.__name__}", value)
+        vocab_size = _checked_language(self.language).vocab_size
         for field in ("image_token_id", "end_of_chunk_token_id", "pad_token_id"):
             value = getattr(self, field)
-            _require(
-                isinstance(value, int) and 0 <= value < vocab_size,
-                field,
-                f"be a token id below vocab_size {vocab_size}",
-                value,
-            )
-        _require(bool(self.gated_layers), "gated_cross_attention.interval", "leave at least one block", self)
+            legal = is_int(value, 0) and value < vocab_size
+            require(legal, field, f"be a token id below vocab_size {vocab_size}", value)
+            distinct = field == "image_token_id" or value != self.image_token_id
+            require(distinct, field, "differ from image_token_id", value)
+        interval = self.gated_cross_attention.interval
+        require(
+            bool(self.gated_layers), "gated_cross_attention.interval", "leave at least one block", interval
+        )
 
     @property
     def gated_layers(self) -> tuple[int, ...]:
@@ -161,36 +151,69 @@ class InfiMMHDConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "InfiMMHDConfig":
         """The inverse of `to_dict`; an unknown key is a ValueError naming the nearest known one."""
+        require(isinstance(values, dict), "values", "be a dict", values)
         values = dict(values)
         parts = {"vision": VisionConfig, "gated_cross_attention": GatedCrossAttentionConfig}
         for name, part in parts.items():
             if isinstance(values.get(name), dict):
-                values[name] = part(**_known_keys(part, values[name], f"{name}."))
-        return cls(**_known_keys(cls, values, ""))
+                require_known_keys(values[name], _field_names(part), part.__name__, f"{name}.")
+                values[name] = part(**values[name])
+        require_known_keys(values, _field_names(cls), cls.__name__)
+        return cls(**values)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "InfiMMHDConfig":
+        """Reads what `save` wrote; ValueError names the file."""
         if not path.is_file():
             raise ValueError(f"path must name a model's config.json, got {str(path)!r} (no such file)")
-        return cls.from_dict(json.loads(path.read_text()))
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:  # broken JSON and wrong encodings are ValueErrors too
+            raise ValueError(f"path must hold a model's config, got {str(path)!r}: {error}") from error
 
 
-def _known_keys(part: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(part)]
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"key must be a field of {part.__name__}, got {prefix + key!r}; did you mean {nearest!r}?"
-            )
-    return values
+def _field_names(part: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(part)]
+
+
+def _checked_language(language: dict[str, Any]) -> LlamaConfig:
+    """The `LlamaConfig` of these arguments, after building one layer without storage.
+
+    `LlamaConfig` keeps an unknown argument as an attribute nobody reads, and accepts values that only
+    `LlamaForCausalLM` refuses."""
+    known = set(inspect.signature(LlamaConfig).parameters) | set(LlamaConfig().to_dict())
+    known |= {"rope_theta", "rope_scaling", "attn_implementation", "torch_dtype"}  # read from its **kwargs
+    require_known_keys(language, known, "LlamaConfig", "language.")
+    # fmt: off
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings")
+    # fmt: on
+    given = {field: language[field] for field in sizes if language.get(field) is not None}
+    require_positive_ints(given, "language.")
+    try:
+        config = LlamaConfig(**copy.deepcopy(language))  # it writes into a nested dict of its arguments
+        one_layer = copy.deepcopy(config)
+        one_layer.num_hidden_layers = 1
+        with torch.device("meta"):
+            LlamaForCausalLM(one_layer)
+    except Exception as error:  # transformers says no through a dozen types
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"language must be accepted by transformers' Llama, got {language!r}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    heads, groups, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+    rule = f"divide num_attention_heads {heads}"
+    require(heads % groups == 0, "language.num_key_value_heads", rule, groups)
+    require(is_finite_number(eps) and eps > 0, "language.rms_norm_eps", "be a positive number", eps)
+    return config
 
 
 def _tiny() -> InfiMMHDConfig:
-    """A demo's size, real structure: ViT head_dim 112, a gated block before each of 4 layers; 1.6 M weights."""
+    """A demo's size, real structure: ViT head_dim 112, a gated block before each of 4 layers, 1.6 M."""
     return InfiMMHDConfig(
         vision=VisionConfig(
             window_size=28,

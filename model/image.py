@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .checks import require, require_positive_ints
+
 # CLIP's normalisation, on values in 0..1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,9 +37,10 @@ class ImageProcessor:
     windows are cut in row-major order and a thumbnail of the whole image stands before them; an image of one
     window is its own thumbnail and is not repeated. The aspect ratio is not kept (InfiMM-HD, section 3).
 
-    Takes a path, a PIL image, or an array or tensor [height, width, 3], uint8 or floating 0..1. A file that
-    cannot be read, an empty image and a non-finite value are a ValueError that names the file and the
-    rule."""
+    Takes a path, a PIL image, or an array or tensor [height, width, 3], uint8 or floating 0..1. A picture of
+    16-bit grey is scaled to 8 bits, one of floating grey has to lie in 0..1, and a transparent one is laid on
+    white, so that colours hidden under the transparency stay hidden. A file that cannot be read, an empty
+    image and a value out of range or not finite are a ValueError that names the file and the rule."""
 
     window_size: int
     mode: Literal["single", "dynamic"] = "single"
@@ -46,12 +49,8 @@ class ImageProcessor:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        for field in ("window_size", "max_windows_per_side"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{field} must be a positive int, got {value!r}")
-        if self.mode not in ("single", "dynamic"):
-            raise ValueError(f"mode must be 'single' or 'dynamic', got {self.mode!r}")
+        require_positive_ints({name: getattr(self, name) for name in ("window_size", "max_windows_per_side")})
+        require(self.mode in ("single", "dynamic"), "mode", "be 'single' or 'dynamic'", self.mode)
 
     def __call__(self, image: "str | os.PathLike | Image.Image | np.ndarray | Tensor") -> ProcessedImage:
         picture = load_image(image)
@@ -83,9 +82,10 @@ def load_image(image: "str | os.PathLike | Image.Image | np.ndarray | Tensor") -
     if isinstance(image, Image.Image):
         if min(image.size) == 0:
             raise ValueError(f"image must have at least one pixel, got size {image.size}")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return _rgb(image, f"a PIL image of mode {image.mode}")
     if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _load_array(image)
     raise ValueError(f"image must be a path, PIL image, array or tensor, got {type(image).__name__}")
@@ -97,11 +97,35 @@ def _load_file(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.exif_transpose(opened)
     # Pillow reports a damaged file through many types; all mean the same to the caller
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"image must be a readable picture, got {str(path)!r}: {error}") from error
-    return picture
+    return _rgb(picture, repr(str(path)))
+
+
+def _rgb(picture: Image.Image, name: str) -> Image.Image:
+    """8-bit RGB on white. PIL's own conversion clips 16-bit and floating grey at 255 and drops the alpha."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _eight_bit_grey(picture, name)
+    try:
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"image must be convertible to RGB, got {name}: {error}") from error
+
+
+def _eight_bit_grey(picture: Image.Image, name: str) -> Image.Image:
+    highest = 1 if picture.mode == "F" else 65535
+    values = np.asarray(picture).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= highest):  # NaN is refused too
+        rule = f"lie in 0..{highest} in PIL's mode {picture.mode}"
+        raise ValueError(f"image must {rule}, got {low:g}..{high:g} in {name}")
+    values[values == picture.info.get("transparency")] = highest  # the colour that stands for "nothing"
+    return Image.fromarray((values * (255 / highest) + 0.5).astype(np.uint8))
 
 
 def _load_array(array: np.ndarray) -> Image.Image:

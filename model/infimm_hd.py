@@ -1,24 +1,25 @@
 """InfiMM-HD: windows -> one ViT -> token transform -> 2-D position -> gated cross-attention in a Llama."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import load_torch_model, save_torch_state_dict
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from infimm_kernels import add_position_2d, decode_segments, media_segments
 
+from .checks import IGNORE_INDEX, require_positive_ints, text_arguments, vision_arguments
 from .config import InfiMMHDConfig
 from .cross_attention import GatedCrossAttentionBlock, VisualTokenTransform
 from .language import KeyValue, hidden_states
 from .vision import NUM_PREFIX_TOKENS, VisionTransformer
-
-IGNORE_INDEX = -100
+from .weights import load_weights
 
 PARTS = ("vision", "gated_cross_attention", "language")
 """The parts that the training stages freeze and train; the visual-token transform belongs to the second."""
@@ -40,17 +41,20 @@ class InfiMMHDOutput(NamedTuple):
 
 
 class InfiMMHD(nn.Module):
-    """The model. `forward` computes logits or a loss, `generate` continues greedily; see their docstrings."""
+    """The model. `forward` computes logits or a loss, `generate` continues greedily; see their docstrings.
+
+    `config` is copied: `set_window_size` changes this model's own."""
 
     def __init__(self, config: InfiMMHDConfig) -> None:
         super().__init__()
-        self.config = config
         self.vision = VisionTransformer(config.vision)
+        self.config = config = copy.deepcopy(config)
+        config.vision = self.vision.config  # one object, so that the model's config follows its ViT
         gated, vision_hidden = config.gated_cross_attention, config.vision.hidden_size
         self.visual_token_transform = (
             VisualTokenTransform(vision_hidden) if gated.visual_token_transform else nn.Identity()
         )
-        self.language = LlamaForCausalLM(LlamaConfig(**config.language))
+        self.language = LlamaForCausalLM(LlamaConfig(**copy.deepcopy(config.language)))
         hidden = self.language.config.hidden_size
         self.gated_blocks = nn.ModuleDict(
             {
@@ -116,24 +120,32 @@ class InfiMMHD(nn.Module):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         window_positions: Tensor | None = None,
-        windows_per_image: Tensor | list[int] = (),
-        images_per_sample: Tensor | list[int] | None = None,
+        windows_per_image: Tensor | Sequence[int] = (),
+        images_per_sample: Tensor | Sequence[int] | None = None,
         num_answer_tokens: int | Tensor | None = None,
     ) -> InfiMMHDOutput:
         """Logits, or with `labels` the loss.
 
-        `input_ids` [batch, text_len] int64 holds one `image_token_id` for every image of the sample, in
-        order. `attention_mask` [batch, text_len] is True at real tokens. `labels` [batch, text_len] int64,
-        -100 ignored; they are shifted here. `pixel_values` [num_windows, 3, P, P] and `window_positions`
+        `input_ids` [batch, text_len] int64 or int32 holds one `image_token_id` for every image, in sample
+        order, and at most `max_position_embeddings` tokens a row. `attention_mask` [batch, text_len], bool
+        or integer 0 and 1, is True at real tokens. `labels` [batch, text_len] int64, `IGNORE_INDEX` (-100)
+        ignored; they are shifted here. `pixel_values` [num_windows, 3, P, P] and `window_positions`
         [num_windows, 2] are the windows of all images in order, `windows_per_image` [num_images] and
         `images_per_sample` [batch] say whose they are. `num_answer_tokens` divides the loss (default: this
         batch's own count); a trainer passes the count of the global batch. A batch without any image runs
-        every parameter all the same, so that ranks never disagree about a collective. ValueError for shapes
-        or counts that do not fit."""
-        keys_values, vision_seqlens, images_per_sample = self._vision(
-            input_ids, pixel_values, window_positions, windows_per_image, images_per_sample
+        every parameter all the same, so that ranks never disagree about a collective. ValueError for types,
+        shapes or counts that do not fit, ids beyond the vocabulary and `pixel_values` that are not finite."""
+        attention_mask = text_arguments(
+            self.language.config, input_ids, attention_mask, labels, num_answer_tokens
         )
-        segments = media_segments(input_ids == self.config.image_token_id, vision_seqlens, images_per_sample)
+        windows, images = vision_arguments(
+            len(input_ids), pixel_values, window_positions, windows_per_image, images_per_sample
+        )
+        # before the vision, so that a GPU that has to be waited for has no ViT in front of it
+        segments = media_segments(
+            input_ids == self.config.image_token_id, self._vision_seqlens(windows), images
+        )
+        keys_values = self._keys_values(pixel_values, window_positions, input_ids.device)
         x = hidden_states(
             self.language,
             self.gated_blocks,
@@ -145,10 +157,6 @@ class InfiMMHD(nn.Module):
         )
         if labels is None:
             return InfiMMHDOutput(logits=self.language.lm_head(x))
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels must have the shape of input_ids {list(input_ids.shape)}, got {list(labels.shape)}"
-            )
         is_answer = labels[:, 1:] != IGNORE_INDEX
         answer_labels = labels[:, 1:][is_answer]  # [num_answers]
         answer_logits = self.language.lm_head(x[:, :-1][is_answer]).float()  # [num_answers, vocab_size]
@@ -169,27 +177,36 @@ class InfiMMHD(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         window_positions: Tensor | None = None,
-        windows_per_image: Tensor | list[int] = (),
-        images_per_sample: Tensor | list[int] | None = None,
+        windows_per_image: Tensor | Sequence[int] = (),
+        images_per_sample: Tensor | Sequence[int] | None = None,
         max_new_tokens: int = 32,
     ) -> Tensor:
-        """Greedy continuation [batch, new_tokens] of left-padded prompts; arguments as `forward`.
+        """Greedy continuation [batch, new_tokens] of left-padded prompts; arguments and errors as `forward`.
 
         The vision keys and values are made once, the LLM keeps a KV cache. A sample stops at
-        `end_of_chunk_token_id` and is filled with `pad_token_id`; `<image>` is never generated."""
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
+        `end_of_chunk_token_id` and is filled with `pad_token_id`; `<image>` is never generated. Prompt and
+        `max_new_tokens` together fit into `max_position_embeddings`."""
+        require_positive_ints({"max_new_tokens": max_new_tokens})
+        attention_mask = text_arguments(self.language.config, input_ids, attention_mask)
+        room = self.language.config.max_position_embeddings - input_ids.shape[1]
+        if max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens must be at most max_position_embeddings less the prompt's "
+                f"{input_ids.shape[1]} tokens ({room}), got {max_new_tokens}"
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         elif not bool(attention_mask[:, -1].all()):
             raise ValueError(
                 "attention_mask must be True in its last column (left padding), got padding on the right"
             )
-        keys_values, vision_seqlens, images_per_sample = self._vision(
-            input_ids, pixel_values, window_positions, windows_per_image, images_per_sample
+        windows, images = vision_arguments(
+            len(input_ids), pixel_values, window_positions, windows_per_image, images_per_sample
         )
-        segments = media_segments(input_ids == self.config.image_token_id, vision_seqlens, images_per_sample)
-        step_segments = decode_segments(vision_seqlens, images_per_sample, device=input_ids.device)
+        vision_seqlens = self._vision_seqlens(windows)
+        segments = media_segments(input_ids == self.config.image_token_id, vision_seqlens, images)
+        step_segments = decode_segments(vision_seqlens, images, device=input_ids.device)
+        keys_values = self._keys_values(pixel_values, window_positions, input_ids.device)
         cache = DynamicCache(config=self.language.config)
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         tokens, generated = input_ids, []
@@ -214,47 +231,24 @@ class InfiMMHD(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=True)
         return torch.stack(generated, dim=1)
 
-    def _vision(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        window_positions: Tensor | None,
-        windows_per_image: Tensor | list[int],
-        images_per_sample: Tensor | list[int] | None,
-    ) -> tuple[dict[str, KeyValue], list[int], list[int]]:
-        """Checks the vision arguments; keys and values of all blocks, tokens per image, images per sample."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have shape [batch, text_len], got {list(input_ids.shape)}")
-        windows_per_image = [int(n) for n in windows_per_image]
-        images = [0] * len(input_ids) if images_per_sample is None else [int(n) for n in images_per_sample]
-        num_windows = 0 if pixel_values is None else len(pixel_values)
-        if len(images) != len(input_ids):
-            raise ValueError(
-                f"images_per_sample must have one count per sample ({len(input_ids)}), got {images}"
-            )
-        if sum(images) != len(windows_per_image):
-            raise ValueError(
-                f"windows_per_image must have one count per image ({sum(images)}), got {windows_per_image}"
-            )
-        if sum(windows_per_image) != num_windows or min(windows_per_image, default=1) < 1:
-            raise ValueError(
-                f"windows_per_image must be positive and sum to the {num_windows} windows of pixel_values, "
-                f"got {windows_per_image}"
-            )
-        if num_windows and (window_positions is None or tuple(window_positions.shape) != (num_windows, 2)):
-            shape = None if window_positions is None else list(window_positions.shape)
-            raise ValueError(f"window_positions must have shape [{num_windows}, 2], got {shape}")
-        if num_windows == 0:
+    def _vision_seqlens(self, windows_per_image: list[int]) -> list[int]:
+        return [n * self.config.vision.num_tokens for n in windows_per_image]
+
+    def _keys_values(
+        self, pixel_values: Tensor | None, window_positions: Tensor | None, device: torch.device
+    ) -> dict[str, KeyValue]:
+        """Keys and values of all blocks, from checked arguments."""
+        no_window = pixel_values is None or len(pixel_values) == 0
+        if no_window:
             size = self.config.vision.window_size
-            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
-            window_positions = torch.full((1, 2), -1, device=input_ids.device)
+            pixel_values = torch.zeros(1, 3, size, size, device=device)
+            window_positions = torch.full((1, 2), -1, device=device)
         features = self.encode_windows(pixel_values, window_positions).flatten(0, 1)
         keys_values = self.vision_keys_values(features)
-        if num_windows == 0:
+        if no_window:
             # the blank window only keeps every parameter in the graph: none of its tokens is a key
             keys_values = {index: (key[:0], value[:0]) for index, (key, value) in keys_values.items()}
-        tokens_per_window = self.config.vision.num_tokens
-        return keys_values, [n * tokens_per_window for n in windows_per_image], images
+        return keys_values
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` and safetensors (sharded above 5 GB) into `directory`."""
@@ -265,8 +259,11 @@ class InfiMMHD(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "InfiMMHD":
-        """Reads what `save_pretrained` wrote; missing, unexpected or misshapen weights are an error."""
+        """Reads what `save_pretrained` wrote.
+
+        ValueError naming the folder for a config or a file that cannot be read, and for weights that are
+        missing, unexpected, misshapen, not floating or not finite."""
         directory = Path(directory)
         model = cls(InfiMMHDConfig.load(directory / "config.json"))
-        load_torch_model(model, directory, strict=True, safe=True)
+        load_weights(model, directory)
         return model

@@ -3,6 +3,7 @@
 EVA2-CLIP-E: x = x + LN(attn(x)), x = x + LN(mlp(x)); the query and value projections have a bias, the key
 projection has none. Windows are independent, so attention is `window_attention` with one CLS prefix token."""
 
+import copy
 import math
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infimm_kernels import window_attention
 
+from .checks import is_int
 from .config import VisionConfig
 
 NUM_PREFIX_TOKENS = 1
@@ -54,11 +56,13 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """`pixel_values` [num_windows, 3, size, size] -> features [num_windows, 1 + patches, hidden]."""
+    """`pixel_values` [num_windows, 3, size, size] -> features [num_windows, 1 + patches, hidden].
+
+    `config` is copied: `set_window_size` changes this model's own."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = copy.deepcopy(config)
         self.gradient_checkpointing = False
         patch_values = 3 * config.patch_size**2
         # a linear layer over flattened patches is the strided convolution of the released weights
@@ -76,8 +80,9 @@ class VisionTransformer(nn.Module):
             rule = f"have shape [num_windows, 3, {size}, {size}]"
             raise ValueError(f"pixel_values must {rule}, got {list(pixel_values.shape)}")
         grid, patch = self.config.grid_size, self.config.patch_size
-        patches = pixel_values.to(self.patch_embed.weight.dtype).view(-1, 3, grid, patch, grid, patch)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * patch * patch)
+        pixel_values = pixel_values.to(self.patch_embed.weight.dtype)
+        patches = pixel_values.reshape(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(-1, grid * grid, 3 * patch * patch)
         tokens = self.patch_embed(patches)
         x = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)
         x = x + self.position_table
@@ -91,7 +96,7 @@ class VisionTransformer(nn.Module):
     def set_window_size(self, window_size: int) -> None:
         """Interpolates the position table to the grid of `window_size` pixels, bicubic; keeps the CLS row."""
         patch = self.config.patch_size
-        if not isinstance(window_size, int) or window_size <= 0 or window_size % patch:
+        if not is_int(window_size, 1) or window_size % patch:
             raise ValueError(
                 f"window_size must be a positive multiple of patch_size {patch}, got {window_size!r}"
             )

@@ -45,7 +45,7 @@ def test_the_tiny_preset_keeps_the_real_structure():
             lambda: VisionConfig(num_heads=15),
             "vision.hidden_size must be a multiple of num_heads 15, got 1792",
         ),
-        (lambda: VisionConfig(feature_layer=0), "vision.feature_layer must be between -64 and -1, got 0"),
+        (lambda: VisionConfig(feature_layer=0), "vision.feature_layer must be .* -64 and -1, got 0"),
         (lambda: VisionConfig(num_layers=0), "vision.num_layers must be a positive int, got 0"),
         (lambda: VisionConfig(position_init="zeros"), "vision.position_init must be .*, got 'zeros'"),
         (
@@ -70,6 +70,91 @@ def test_the_tiny_preset_keeps_the_real_structure():
 def test_bad_values_name_field_rule_and_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def tiny(**changes) -> InfiMMHDConfig:
+    values = preset("tiny").to_dict()
+    values["language"] |= changes.pop("llama", {})
+    return InfiMMHDConfig.from_dict(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("llama", "message"),
+    [
+        (dict(num_hiden_layers=1), "got 'language.num_hiden_layers'; did you mean 'num_hidden_layers'"),
+        (dict(num_attention_heads=3), "language must be accepted by .* not a multiple"),
+        (
+            dict(num_key_value_heads=3),
+            "language.num_key_value_heads must divide num_attention_heads 4, got 3",
+        ),
+        (dict(hidden_size="abc"), "language.hidden_size must be a positive int, got 'abc'"),
+        (dict(hidden_size=True), "language.hidden_size must be a positive int, got True"),
+        (dict(num_hidden_layers=-1), "language.num_hidden_layers must be a positive int, got -1"),
+        (dict(num_attention_heads=0), "language.num_attention_heads must be a positive int, got 0"),
+        (dict(rms_norm_eps=float("nan")), "language.rms_norm_eps must be a positive number, got nan"),
+        (dict(hidden_act="foo"), "language must be accepted by .*KeyError: 'foo'"),
+        (dict(pad_token_id=99), "language must be accepted by .*Padding_idx"),
+        (dict(rope_parameters=dict(rope_type="foo")), "language must be accepted by .*'foo'"),
+    ],
+)
+def test_arguments_that_llama_ignores_or_refuses_are_named(llama, message):
+    """LlamaConfig takes a misspelt name in silence, and its refusals are of a dozen types, some of them only
+    when the model is built."""
+    with pytest.raises(ValueError, match=message):
+        tiny(llama=llama)
+
+
+def test_llama_arguments_of_older_configs_are_accepted_and_left_alone():
+    """LlamaConfig writes into a nested dict that it is given."""
+    llama = dict(rope_scaling=dict(rope_type="linear", factor=2.0), rope_theta=1e4, torch_dtype="bfloat16")
+    config = tiny(llama=llama)
+    assert config.language["rope_scaling"] == dict(rope_type="linear", factor=2.0)
+    assert InfiMMHD(config).config == config
+
+
+def test_checking_a_config_draws_no_random_numbers():
+    """It builds a Llama layer, which must not change what a seeded program does next."""
+    before = torch.get_rng_state()
+    preset("tiny")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny(language=[1]), r"language must be a dict, got \[1\]"),
+        (lambda: tiny(vision=3), "vision must be a VisionConfig, got 3"),
+        (lambda: tiny(gated_cross_attention=None), "gated_cross_attention must be a Gated.*, got None"),
+        (lambda: tiny(image_token_id=3), "end_of_chunk_token_id must differ from image_token_id, got 3"),
+        (lambda: tiny(pad_token_id=2), "pad_token_id must differ from image_token_id, got 2"),
+        (lambda: tiny(image_token_id=True), "image_token_id must be a token id .*, got True"),
+        (lambda: InfiMMHDConfig.from_dict([]), r"values must be a dict, got \[\]"),
+        (lambda: VisionConfig(feature_layer="a"), "vision.feature_layer must be an int .*, got 'a'"),
+        (lambda: VisionConfig(num_layers=True), "vision.num_layers must be a positive int, got True"),
+        (lambda: VisionConfig(layer_norm_eps=0), "vision.layer_norm_eps must be a positive number, got 0"),
+        (lambda: VisionConfig(norm_gain_init="1"), "vision.norm_gain_init must be a finite number, got '1'"),
+        (
+            lambda: GatedCrossAttentionConfig(visual_token_transform=1),
+            "gated_cross_attention.visual_token_transform must be True or False, got 1",
+        ),
+        (
+            lambda: tiny(gated_cross_attention=GatedCrossAttentionConfig(interval=5)),
+            "gated_cross_attention.interval must leave at least one block, got 5$",
+        ),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(make, message):
+    """They were a TypeError or an AttributeError; an end token equal to `<image>` is never generated."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("text", [b'{"vision": ', b"[]", b'{"visoin": {}}', b"\xff\xfe", b""])
+def test_a_broken_config_file_is_named(tmp_path, text):
+    """A JSONDecodeError says a column of a file it does not name."""
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="path must hold a model's config, got .*config.json': "):
+        InfiMMHD.from_pretrained(tmp_path)
 
 
 def test_a_missing_config_file_is_named(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from model import ImageProcessor
-from model.image import CLIP_MEAN, CLIP_STD
+from model.image import CLIP_MEAN, CLIP_STD, load_image
 
 IDENTITY = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
@@ -78,6 +78,60 @@ def test_grey_and_transparent_pictures_become_rgb():
         assert ImageProcessor(window_size=4)(Image.new(mode, (4, 4))).pixel_values.shape == (1, 3, 4, 4)
 
 
+def grey_of(image) -> list[int]:
+    picture = np.asarray(load_image(image))
+    assert (picture == picture[..., :1]).all()
+    return picture[0, :, 0].tolist()
+
+
+def test_sixteen_bit_and_floating_grey_is_scaled(tmp_path):
+    """PIL clips at 255 instead, so that every 16-bit scan was a white page."""
+    values = np.array([[0, 257, 32767, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "scan.png")
+    big_endian = Image.frombytes("I;16B", (4, 1), values.astype(">u2").tobytes())
+    for same in (tmp_path / "scan.png", Image.fromarray(values.astype(np.int32)), big_endian):
+        assert grey_of(same) == [0, 1, 127, 255]
+    Image.fromarray((values / 65535).astype(np.float32)).save(tmp_path / "scan.tif")
+    assert grey_of(tmp_path / "scan.tif") == [0, 1, 127, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.array([[0, 65536]], np.int32), "0..65535 in PIL's mode I, got 0..65536"),
+        (np.array([[-1, 7]], np.int32), "0..65535 in PIL's mode I, got -1..7"),
+        (np.array([[0, 255]], np.float32), "0..1 in PIL's mode F, got 0..255"),
+        (np.array([[0, np.nan]], np.float32), "0..1 in PIL's mode F, got nan..nan"),
+    ],
+)
+def test_grey_of_unknown_range_names_the_file(tmp_path, values, found):
+    """NaN turned into some grey, and large numbers into white."""
+    Image.fromarray(values).save(tmp_path / "scan.tif")
+    with pytest.raises(ValueError, match=f"image must lie in {found} in .*scan.tif"):
+        load_image(tmp_path / "scan.tif")
+
+
+def test_colours_under_transparency_stay_hidden(tmp_path):
+    """Dropping the alpha showed whatever colour an editor had left there; now it is white paper."""
+    hidden = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [0, 0, 0, 102]]], np.uint8)
+    Image.fromarray(hidden).save(tmp_path / "logo.png")
+    picture = np.asarray(load_image(tmp_path / "logo.png"))
+    assert picture[0].tolist() == [[255, 255, 255], [200, 0, 0], [153, 153, 153]]
+    Image.fromarray(np.array([[0, 257]], np.uint16)).save(tmp_path / "key.png", transparency=257)
+    assert grey_of(tmp_path / "key.png") == [0, 255]
+    Image.new("P", (1, 1)).save(tmp_path / "key.gif", transparency=0)
+    assert grey_of(tmp_path / "key.gif") == [255]
+
+
+def test_bfloat16_tensors_are_pictures():
+    """NumPy has no bfloat16, so this was a TypeError."""
+    assert grey_of(torch.tensor([0.0, 0.5, 1.0], dtype=torch.bfloat16).view(1, 3, 1).expand(1, 3, 3)) == [
+        0,
+        128,
+        255,
+    ]
+
+
 def test_bad_images_name_the_file_and_the_rule(tmp_path):
     processor = ImageProcessor(window_size=8)
     good = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -100,6 +154,7 @@ def test_bad_images_name_the_file_and_the_rule(tmp_path):
         (np.zeros((0, 4, 3), np.uint8), r"image must have shape .* not be empty, got \[0, 4, 3\]"),
         (np.zeros((4, 4), np.uint8), r"image must have shape .*, got \[4, 4\]"),
         (np.zeros((4, 4, 3), np.int64), "image must be uint8 or floating, got int64"),
+        (Image.new("La", (1, 1)), "image must be convertible to RGB, got a PIL image of mode La"),
         (7, "image must be a path, PIL image, array or tensor, got int"),
     ],
 )
@@ -111,6 +166,7 @@ def test_bad_values_are_refused(image, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(window_size=True), "window_size must be a positive int, got True"),
         (dict(window_size=0), "window_size must be a positive int, got 0"),
         (dict(window_size=8, mode="tiles"), "mode must be 'single' or 'dynamic', got 'tiles'"),
         (dict(window_size=8, max_windows_per_side=0), "max_windows_per_side must be a positive int, got 0"),

@@ -26,6 +26,19 @@ def test_with_closed_gates_the_logits_are_the_bare_llms_bit_for_bit(dtype):
     assert torch.equal(logits, bare)
 
 
+def test_autocast_with_closed_gates_keeps_the_bare_llms_logits_bit_for_bit():
+    """A gated block that rounds the float32 residual stream changes the language model before it learns."""
+    torch.manual_seed(0)
+    model = InfiMMHD(preset("tiny")).eval()
+    batch = batch_of(ROWS, WINDOWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch).logits
+        bare = model.language(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+    assert torch.equal(logits, bare)
+
+
 def test_open_gates_change_exactly_the_tokens_behind_an_image(model):
     """Text before any image, and samples without one, must stay the bare LLM's bit for bit."""
     batch = batch_of(ROWS, WINDOWS)
@@ -164,10 +177,23 @@ def test_saving_and_loading_gives_the_same_model(model, tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+def test_models_of_one_config_are_independent():
+    """`set_window_size` once wrote into the caller's config, and so into every model made of it."""
+    config = preset("tiny")
+    first, second = InfiMMHD(config), InfiMMHD(config)
+    first.set_window_size(56)
+    assert first.config.vision.window_size == first.vision.config.window_size == 56
+    assert second.config == config == preset("tiny")
+    assert second(**batch_of(ROWS, WINDOWS)).logits.shape == (3, 8, 64)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(input_ids=torch.tensor([1, 2])), r"input_ids must have shape \[batch, text_len\], got \[2\]"),
+        (
+            dict(input_ids=torch.tensor([1, 2])),
+            r"input_ids must have shape \[batch, text_len\], not empty, got \[2\]",
+        ),
         (
             dict(images_per_sample=[2, 1]),
             r"images_per_sample must have one count per sample \(3\), got \[2, 1\]",
@@ -175,7 +201,10 @@ def test_saving_and_loading_gives_the_same_model(model, tmp_path):
         (dict(images_per_sample=[1, 1, 0]), r"windows_per_image must have one count per image \(2\)"),
         (dict(windows_per_image=[2, 1, 4]), "windows_per_image must be positive and sum to the 6 windows"),
         (dict(windows_per_image=[6, 0, 0]), "windows_per_image must be positive"),
-        (dict(window_positions=None), r"window_positions must have shape \[6, 2\], got None"),
+        (
+            dict(window_positions=None),
+            r"window_positions must be an integer tensor of shape \[6, 2\], got None",
+        ),
         (dict(pixel_values=torch.zeros(6, 3, 28, 29)), "pixel_values must have shape"),
         (dict(labels=torch.zeros(3, 4, dtype=torch.long)), "labels must have the shape of input_ids"),
         (dict(images_per_sample=[1, 2, 0]), "sample 0"),

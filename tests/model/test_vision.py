@@ -124,6 +124,17 @@ def test_compiles_whole_with_a_changing_number_of_windows():
         torch.testing.assert_close(compiled(pixels), vit(pixels))
 
 
+def test_strided_pixels_and_a_config_of_its_own():
+    """A transposed batch failed in `view`; the caller's config was changed in place."""
+    config = small()
+    vit = VisionTransformer(config)
+    pixels = torch.randn(2, 3, 8, 8)
+    strided = pixels.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(vit(strided), vit(pixels))
+    vit.set_window_size(16)
+    assert config.window_size == 8 and vit.config.window_size == 16
+
+
 def test_bad_arguments_are_named():
     vit = VisionTransformer(small())
     with pytest.raises(
@@ -132,3 +143,5 @@ def test_bad_arguments_are_named():
         vit(torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="window_size must be a positive multiple of patch_size 2, got 7"):
         vit.set_window_size(7)
+    with pytest.raises(ValueError, match="window_size must be a positive multiple .*, got True"):
+        VisionTransformer(small(patch_size=1)).set_window_size(True)
