@@ -18,14 +18,17 @@ recipes:
   FILE.json  a config written by --print-config or found as config.json beside a checkpoint
 
 examples:
-  python -m train PT data.path=pairs.jsonl data.tokenizer=vicuna-13b output_dir=runs/pt
+  python -m train PT init_from=pretrained data.path=pairs.jsonl output_dir=runs/pt
   python -m train CPT data.path=vqa.jsonl init_from=runs/pt output_dir=runs/cpt
   python -m train ift data.path=llava.jsonl init_from=runs/dra optimizer.lr_scale.language=0.5
   python -m train DRA model.preset=tiny parallel.zero_stage=3 parallel.precision=fp32 --print-config
 
 several processes, one a device (GPUs, or CPU processes where there is no GPU):
-  deepspeed --num_gpus 2 --module train PT data.path=pairs.jsonl ...
-  torchrun --nproc_per_node 2 -m train PT data.path=pairs.jsonl ...
+  deepspeed --num_gpus 2 --module train PT init_from=pretrained ...
+  torchrun --nproc_per_node 2 -m train PT init_from=pretrained ...
+
+init_from is the output folder of the stage before. For PT, whose ViT and LLM stay frozen, it is a folder with
+their pretrained weights and a tokenizer, both as save_pretrained (of model.InfiMMHD, of transformers) writes.
 """
 
 
@@ -56,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(error: Exception, code: int, debug: bool) -> int:
     if debug:
         raise error
-    print(f"train: error: {error}", file=sys.stderr)
+    line = " ".join(part.strip() for part in str(error).splitlines())
+    sys.stderr.write(f"train: error: {line}\n")  # in one piece: several ranks write to the same terminal
     return code
 
 
@@ -86,9 +90,10 @@ def _recipe(name: str) -> TrainConfig:
         if not path.is_file():
             raise ValueError(f"recipe must be an existing config file, got {name!r}")
         try:
-            return TrainConfig.from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"recipe must be a JSON config, got {name!r}: {error}") from None
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"recipe must be a readable JSON config, got {name!r}: {error}") from error
+        return TrainConfig.from_dict(values)
     if name.upper() not in RECIPES:
         nearest = nearest_name(name.upper(), list(RECIPES))
         raise ValueError(

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model import ImageProcessor, ProcessedImage
+from model import IGNORE_INDEX, ImageProcessor, ProcessedImage
 
 from .config import DataConfig
 from .data import BadSample, Dataset, Sample, sample_index
 
-IGNORE_INDEX = -100
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -212,7 +211,14 @@ class StepReader:
 
     def _row(self, position: int) -> Row:
         index = sample_index(position, len(self.dataset), seed=self.seed, shuffle=self.data.shuffle)
-        sample = self.dataset[index]
+        try:
+            sample = self.dataset[index]
+        except BadSample:
+            raise
+        except Exception as error:
+            rule = f"dataset {type(self.dataset).__name__} must give sample {index}"
+            got = f"{type(error).__name__}: {error} (data.options {self.data.options})"
+            raise ValueError(f"{rule}, got {got}") from error
         if not sample.origin:
             sample = dataclasses.replace(sample, origin=f"sample {index}")
         return self.encoder(sample)

@@ -8,9 +8,11 @@
 
 `checkpoint` and `model` are written under another name and renamed when they are complete, `model` last."""
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,85 @@ from model import InfiMMHD
 from .distributed import Ranks, deepspeed
 
 UNFINISHED = ".unfinished"
+PROOFS = {"checkpoint": ("latest",), "model": ("config.json", "model*.safetensors")}
+"""What is in these folders when a stage wrote them."""
 
 
 def model_folder(init_from: str) -> Path:
     """The folder of a model inside a stage's output folder, or the folder itself if it holds one."""
     for folder in (Path(init_from) / "model", Path(init_from)):
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
             return folder
-    raise ValueError(
-        f"init_from must be the output folder of a finished stage (with model/), got {init_from!r}"
-    )
+    rule = "init_from must be the output folder of a finished stage (with model/) or of save_pretrained"
+    raise ValueError(f"{rule}, got {init_from!r}")
+
+
+def load_model(init_from: str) -> InfiMMHD:
+    """The model in `model_folder(init_from)`; ValueError names the folder if it cannot be read whole."""
+    folder = model_folder(init_from)
+    try:
+        return InfiMMHD.from_pretrained(folder)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        rule = "init_from must hold a model's config.json and all its weights"
+        raise ValueError(f"{rule}, got {str(folder)!r}: {_short(error)}") from error
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a local folder; ValueError names the folder if there is none."""
+    rule = f"data.tokenizer must be a folder with a saved tokenizer, got {str(folder)!r}"
     if not (Path(folder) / "tokenizer_config.json").is_file():
-        raise ValueError(f"data.tokenizer must be a folder with a saved tokenizer, got {str(folder)!r}")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        raise ValueError(rule)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the readers of its many file formats raise what they like
+        raise ValueError(f"{rule}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())  # torch lists missing weights on lines of their own
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """ValueError unless a stage may write into `output_dir`.
+
+    Whatever stands there under a name that a stage writes must be an earlier stage's, because it will be
+    replaced; and the folder must be writable, because that is found out after days of training otherwise.
+    Leaves nothing behind."""
+    try:
+        stage_wrote_config = _is_stage_config(output_dir / "config.json")
+        for name in ("config.json", "deepspeed.json", "log.jsonl", "checkpoint", "model", UNFINISHED):
+            path = output_dir / name
+            absent = [proof for proof in PROOFS.get(name, ()) if not any(path.glob(proof))]
+            if os.path.lexists(path) and (not stage_wrote_config or absent or path.is_symlink()):
+                lack = "no config.json of a stage there"
+                if stage_wrote_config:
+                    lack = f"no {absent[0]} in it" if absent else "it is a link"
+                rule = f"output_dir must not hold a {name!r} that no stage wrote ({lack})"
+                raise ValueError(f"{rule}, got {str(output_dir)!r}")
+        _try_to_write(output_dir)
+    except OSError as error:
+        rule = "output_dir must be a folder that can be written"
+        raise ValueError(f"{rule}, got {str(output_dir)!r} ({error.strerror})") from error
+
+
+def _is_stage_config(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(values, dict) and {"stage", "trainable", "schedule"} <= values.keys()
+
+
+def _try_to_write(folder: Path) -> None:
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    finally:
+        with contextlib.suppress(OSError):  # not made, or in use by another stage already
+            for parent in made:
+                parent.rmdir()
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Configuration of a stage: dataclasses whose limits are checked when they are made, JSON in and out.
 
 `deepspeed_dict` derives DeepSpeed's settings from a `TrainConfig`; nothing else in the project writes
-them."""
+them. The module imports no torch, so that a wrong key is answered at once."""
 
 import copy
 import dataclasses
@@ -10,6 +10,11 @@ import math
 import types
 import typing
 from typing import Any, Literal
+
+PARTS = ("vision", "gated_cross_attention", "language")
+"""Parts of the model that a stage trains or freezes, as `model.InfiMMHD` names them."""
+
+MAX_SEED = 2**63 - 1
 
 ZERO_BUCKET_ELEMENTS = 50_000_000
 """Elements DeepSpeed reduces or gathers in one call. Its default, 500 million, allocates 2 GB of fp32 a step
@@ -38,6 +43,20 @@ def _require_choice(owner: object, prefix: str, field: str) -> None:
     _require(value in choices, prefix + field, f"be one of {', '.join(map(repr, choices))}", value)
 
 
+def _require_part(field: str, part: object) -> None:
+    if part not in PARTS:
+        rule, nearest = f"name parts of the model ({', '.join(PARTS)})", nearest_name(str(part), list(PARTS))
+        raise ValueError(f"{field} must {rule}, got {part!r}; did you mean {nearest!r}?")
+
+
+def _require_path(owner: object, prefix: str, *fields: str) -> None:
+    """An empty path would be the current folder, which nobody means by it."""
+    for field in fields:
+        value = getattr(owner, field)
+        legal = value is None or (isinstance(value, str) and bool(value.strip()))
+        _require(legal, prefix + field, "not be empty", value)
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Which model to build when `init_from` names none."""
@@ -46,6 +65,8 @@ class ModelConfig:
     """Name known to `model.preset`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the preset to replace, nested as in the model's config.json."""
+    allow_random_frozen: bool = False
+    """Freeze parts that no weights were loaded for. They never learn: only for trying the machinery."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -92,6 +113,7 @@ class DataConfig:
         _require_int(self, "data.", {"sequence_length": 2, "workers": 0})
         _require_choice(self, "data.", "prompt")
         _require_choice(self, "data.", "on_bad_sample")
+        _require_path(self, "data.", "path", "image_root", "tokenizer")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -102,8 +124,7 @@ class OptimizerConfig:
     lr_min: float = 1e-6
     """Where the cosine ends; equal to `lr_peak` it keeps the rate constant after the warm-up."""
     lr_scale: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Multiplier of the learning rate by part of the model ("vision", "gated_cross_attention",
-    "language")."""
+    """Multiplier of the learning rate by part of the model (`PARTS`)."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-5
     weight_decay: float = 0.1
@@ -118,6 +139,7 @@ class OptimizerConfig:
         within = _is_number(self.lr_min) and 0 <= self.lr_min <= self.lr_peak
         _require(within, "optimizer.lr_min", f"lie in 0..lr_peak {self.lr_peak}", self.lr_min)
         for part, scale in self.lr_scale.items():
+            _require_part("optimizer.lr_scale", part)
             _require(_is_number(scale) and scale > 0, f"optimizer.lr_scale.{part}", "be positive", scale)
         legal = len(self.betas) == 2 and all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
         _require(legal, "optimizer.betas", "be two numbers in [0, 1)", self.betas)
@@ -194,7 +216,7 @@ class TrainConfig:
     stage: str
     """Name in logs and of the default output folder."""
     trainable: tuple[str, ...]
-    """Parts of the model that learn; the others stay as they are, bit for bit."""
+    """Parts of the model (`PARTS`) that learn; the others stay as they are, bit for bit."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
     seed: int = 0
@@ -202,6 +224,7 @@ class TrainConfig:
     init_from: str | None = None
     """Output folder of the stage before (or a folder made by `save_pretrained`)."""
     output_dir: str = "runs/stage"
+    """A new folder, or the output of an earlier run, which is replaced (see `train.checkpoint`)."""
     log_interval: int = 10
     """Steps between the lines printed when the output is not a terminal."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -214,7 +237,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(bool(self.stage), "stage", "be a name", self.stage)
         _require(len(self.trainable) > 0, "trainable", "name at least one part", self.trainable)
+        for part in self.trainable:
+            _require_part("trainable", part)
         _require_int(self, "", {"seed": 0, "log_interval": 1})
+        _require(self.seed <= MAX_SEED, "seed", f"be at most {MAX_SEED} (2^63 - 1)", self.seed)
+        _require(self.output_dir is not None, "output_dir", "be a folder's name", self.output_dir)
+        _require_path(self, "", "output_dir", "init_from")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values; tuples become lists, so that it equals what JSON gives back."""

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import mmap
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +63,12 @@ def build_dataset(config: DataConfig) -> Dataset:
             f"data.name must be one of {', '.join(DATASETS)}, got {config.name!r}; did you mean {nearest!r}?"
         )
     module, _, attribute = DATASETS[config.name].partition(":")
-    factory = getattr(importlib.import_module(module), attribute)
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(
+            f"data.name must be a dataset whose packages are installed, got {config.name!r}: {error}"
+        ) from error
     given = {"path": config.path, "image_root": config.image_root}
     arguments = {name: value for name, value in given.items() if value is not None} | config.options
     try:
@@ -106,7 +112,7 @@ def _mix(value: int) -> int:
 class ConversationDataset:
     """LLaVA conversations, one JSON record a line:
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nquestion"},
-    {"from": "gpt", "value": "answer"}, ...]}.
+    {"from": "gpt", "value": "answer"}, ...]}. Blank lines and a UTF-8 byte-order mark are skipped.
 
     `image` may be missing; with it `<image>` stands exactly once, in the first question. Image paths start at
     `image_root` (default: the file's folder). Records are checked when they are read: a bad one is a
@@ -120,24 +126,30 @@ class ConversationDataset:
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         if not self.image_root.is_dir():
             raise ValueError(f"data.image_root must be an existing folder, got {str(image_root)!r}")
-        if self.path.stat().st_size == 0:
-            raise ValueError(f"data.path must hold at least one record, got the empty file {str(path)!r}")
-        self._offsets = array.array("q", [0])
+        # of every record: its first byte, and its line's number from 1
+        self._starts, self._lines = array.array("q"), array.array("q")
         with self.path.open("rb") as file:
-            for line in file:
-                self._offsets.append(self._offsets[-1] + len(line))
+            start = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+            file.seek(start)
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    self._starts.append(start)
+                    self._lines.append(number)
+                start += len(line)
+            if not self._starts:
+                raise ValueError(f"data.path must hold at least one record, got none in {str(path)!r}")
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._bytes[:1024].lstrip()[:1] == b"[":
+        if self._line(0).lstrip()[:1] == b"[":
             raise ValueError(f"data.path must hold one JSON record a line, got a JSON array in {str(path)!r}")
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
-        origin = f"{self.path} line {index + 1}"
-        line = self._bytes[self._offsets[index] : self._offsets[index + 1]]
+        origin = f"{self.path} line {self._lines[index]}"
+        line = self._line(index)
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -148,6 +160,11 @@ class ConversationDataset:
             raise BadSample("bad_json", f"{origin}: record must be a JSON object, got {_short(record)}")
         image = self._image_path(record.get("image"), origin)
         return Sample(image, _turns(record.get("conversations"), image is not None, origin), origin)
+
+    def _line(self, index: int) -> bytes:
+        start = self._starts[index]
+        end = self._bytes.find(b"\n", start)
+        return self._bytes[start:] if end < 0 else self._bytes[start:end]
 
     def _image_path(self, name: Any, origin: str) -> Path | None:
         if name is None:

@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -30,12 +31,24 @@ class Ranks:
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
+    def check_on_first(self, check: Callable[[], None]) -> None:
+        """Runs `check` on rank 0, whose view of the file system decides; its error stops every rank."""
+        errors: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                check()
+            except (ValueError, OSError) as error:
+                errors[0] = str(error)
+        torch.distributed.broadcast_object_list(errors, src=0, device=self.device)
+        if errors[0] is not None:
+            raise ValueError(errors[0])
+
     def barrier(self) -> None:
         self.sum([0.0])
 
 
 def start() -> Ranks:
-    """Joins the process group, once a process: gloo on the CPU, NCCL on GPUs.
+    """Joins the process group, if this process has not yet: gloo on the CPU, NCCL on GPUs.
 
     The launcher's environment says which rank this is; without one it is a group of its own."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -62,6 +75,7 @@ def start() -> Ranks:
 
 
 def stop() -> None:
-    """Leaves the process group; for the end of a process."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leaves the process group; `start` may make another one."""
+    if deepspeed.comm.is_initialized():
+        # torch's own call would leave DeepSpeed with the handles of dead groups for the next `start`
+        deepspeed.comm.destroy_process_group()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model import ImageProcessor, InfiMMHD, InfiMMHDConfig, preset
+from model import ImageProcessor, InfiMMHD, InfiMMHDConfig, preset, presets
 
 from . import checkpoint, distributed
 from .batch import RowEncoder, StepData, StepReader, prefetched
-from .config import TrainConfig, deepspeed_dict
+from .config import PARTS, TrainConfig, deepspeed_dict, nearest_name
 from .data import Dataset, build_dataset
 from .distributed import Ranks, deepspeed
 from .optim import build_optimizer, build_schedule, learning_rate
@@ -60,9 +60,15 @@ def run(
     entropies of the answer tokens over the number of them, in the global batch of all ranks and accumulation
     steps.
 
-    ValueError for a config that does not fit the data, the model or the number of ranks, and for a bad
-    sample; FloatingPointError, naming the step, for a loss or gradient that is not finite."""
+    Before anything is built, rank 0 checks `output_dir`: what stands in it under the names that a stage
+    writes must be an earlier stage's, and is replaced. ValueError for a config that does not fit the data,
+    the model or the number of ranks, and for a bad sample; FloatingPointError, naming the step, for a loss or
+    gradient that is not finite."""
+    if model is None and config.init_from is None:
+        _check_random_frozen(config)
+    output_dir = Path(config.output_dir)
     ranks = distributed.start()
+    ranks.check_on_first(lambda: checkpoint.check_output_dir(output_dir))
     settings = deepspeed_dict(config, ranks.world_size, overlap_comm=ranks.device.type == "cuda")
     dataset = build_dataset(config.data) if dataset is None else dataset
     tokenizer = _load_tokenizer(config) if tokenizer is None else tokenizer
@@ -70,6 +76,10 @@ def run(
     vocab_size = model.config.language["vocab_size"]
     if len(tokenizer) > vocab_size:
         raise ValueError(f"tokenizer must have at most the model's {vocab_size} tokens, got {len(tokenizer)}")
+    longest = model.language.config.max_position_embeddings
+    if config.data.sequence_length > longest:
+        rule = f"be at most the LLM's max_position_embeddings {longest}"
+        raise ValueError(f"data.sequence_length must {rule}, got {config.data.sequence_length}")
     model.set_window_size(config.image.window_size)
     model.set_trainable(config.trainable)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -79,7 +89,6 @@ def run(
     schedule = build_schedule(optimizer, config.optimizer, config.schedule)
     reader = _reader(config, model, dataset, tokenizer, ranks)
 
-    output_dir = Path(config.output_dir)
     if ranks.rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(output_dir / "config.json", config.to_dict())
@@ -105,16 +114,38 @@ def _release(model: InfiMMHD) -> None:
         parameter.data = parameter.data.clone()
 
 
+def _check_random_frozen(config: TrainConfig) -> None:
+    frozen = [part for part in PARTS if part not in config.trainable]
+    if frozen and not config.model.allow_random_frozen:
+        raise ValueError(
+            f"init_from must name a model whose frozen parts ({', '.join(frozen)}) are trained, got None; "
+            "model.allow_random_frozen=true freezes random weights"
+        )
+
+
 def _build_model(config: TrainConfig) -> InfiMMHD:
     if config.init_from is not None:
-        return InfiMMHD.from_pretrained(checkpoint.model_folder(config.init_from))
+        return checkpoint.load_model(config.init_from)
+    name, options = config.model.preset, config.model.options
+    if name not in presets():
+        nearest = nearest_name(name, presets())
+        raise ValueError(
+            f"model.preset must be one of {', '.join(presets())}, got {name!r}; did you mean {nearest!r}?"
+        )
     torch.manual_seed(config.seed)
-    values = _merged(preset(config.model.preset).to_dict(), config.model.options)
-    return InfiMMHD(InfiMMHDConfig.from_dict(values))
+    try:
+        return InfiMMHD(InfiMMHDConfig.from_dict(_merged(preset(name).to_dict(), options)))
+    except ValueError as error:
+        raise ValueError(f"model.options must fit preset {name!r}, got {options}: {error}") from error
 
 
-def _merged(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    nested = {key: _merged(values[key], options[key]) for key in options if isinstance(values.get(key), dict)}
+def _merged(values: dict[str, Any], options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    nested = {}
+    for key in options:
+        if isinstance(values.get(key), dict):
+            if not isinstance(options[key], dict):
+                raise ValueError(f"{prefix}{key} must be an object, got {options[key]!r}")
+            nested[key] = _merged(values[key], options[key], f"{prefix}{key}.")
     return values | options | nested
 
 

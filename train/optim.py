@@ -7,7 +7,7 @@ from torch import nn
 
 from model import InfiMMHD
 
-from .config import OptimizerConfig, ScheduleConfig, nearest_name
+from .config import OptimizerConfig, ScheduleConfig
 from .distributed import deepspeed
 
 NO_DECAY_NAMES = ("position_table",)
@@ -26,15 +26,8 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfi
 
 def parameter_groups(model: InfiMMHD, config: OptimizerConfig) -> list[dict]:
     """Trainable parameters by part and by whether they decay, every one exactly once; no frozen ones."""
-    parts = model.parameter_groups()
-    for part in config.lr_scale:
-        if part not in parts:
-            raise ValueError(
-                f"optimizer.lr_scale must name parts of the model ({', '.join(parts)}), got {part!r}; "
-                f"did you mean {nearest_name(part, list(parts))!r}?"
-            )
     groups = []
-    for part, parameters in parts.items():
+    for part, parameters in model.parameter_groups().items():
         trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         decaying = [parameter for name, parameter in trainable if _decays(name, parameter)]
         others = [parameter for name, parameter in trainable if not _decays(name, parameter)]

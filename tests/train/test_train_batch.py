@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from model import ImageProcessor
-from train.batch import IGNORE_INDEX, VICUNA_SYSTEM, RowEncoder, StepReader, collate, prefetched
+from model import IGNORE_INDEX, ImageProcessor
+from train.batch import VICUNA_SYSTEM, RowEncoder, StepReader, collate, prefetched
 from train.config import DataConfig
 from train.data import BadSample, Sample
 
@@ -219,6 +219,20 @@ def test_bad_samples_stop_or_are_counted(encoder):
             reader_for(encoder, 0, 1, 12)(step)
     skipped = [reader_for(encoder, 0, 1, 12, on_bad_sample="skip")(step).skipped for step in range(5)]
     assert sum(count["fifth"] for count in skipped) == 12  # 6 of 30 samples, two epochs
+
+
+def test_an_error_inside_a_dataset_names_it_and_its_options(encoder):
+    """data.options.canvases=3 was a bare TypeError out of the dataset's drawing."""
+
+    class Broken(Numbers):
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(None, [("?", "red " * len(index))])
+
+    config = DataConfig(prompt="plain", shuffle=False, options={"canvases": 3})
+    sizes = dict(global_batch_size=2, micro_batch_size=2, pad_token_id=0, rank=0, world_size=1)
+    reader = StepReader(Broken(), encoder(), config, seed=0, **sizes)
+    with pytest.raises(ValueError, match="dataset Broken must give sample 4, got TypeError: .*'canvases': 3"):
+        reader(2)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

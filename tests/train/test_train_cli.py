@@ -31,6 +31,10 @@ def test_print_config_round_trips(capsys, tmp_path):
         (["CTP"], "got 'CTP'; did you mean 'CPT'?"),
         (["PT", "optimizer.lr_pek=1"], "got 'optimizer.lr_pek'; did you mean 'optimizer.lr_peak'?"),
         (["PT", "schedule.steps=-3"], "schedule.steps must be an int of at least 1, got -3"),
+        (["PT", "trainable=languag"], "got 'languag'; did you mean 'language'?"),
+        (["PT", "output_dir="], "output_dir must not be empty, got ''"),
+        (["PT", "init_from="], "init_from must not be empty, got ''"),
+        (["PT", f"seed={10**30}"], f"seed must be at most {2**63 - 1} (2^63 - 1), got {10**30}"),
         (["missing.json"], "recipe must be an existing config file, got 'missing.json'"),
     ],
 )
@@ -44,11 +48,21 @@ def test_wrong_arguments_are_one_line_and_code_2(capsys, arguments, message):
 
 
 def test_a_stopped_run_is_one_line_and_code_1(tmp_path):
-    command = [sys.executable, "-m", "train", "PT", f"output_dir={tmp_path}", "data.path=nowhere.jsonl"]
+    words = ["PT", f"output_dir={tmp_path / 'pt'}", "init_from=nowhere", "data.path=nowhere.jsonl"]
+    command = [sys.executable, "-m", "train", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     error = "train: error: data.path must be an existing file, got 'nowhere.jsonl'"
     assert done.stderr.splitlines() == [error]
+
+
+def test_a_config_file_that_cannot_be_read_is_named(capsys, tmp_path):
+    """A byte that is no UTF-8 was reported without the file's name, an unreadable file as a traceback."""
+    path = tmp_path / "config.json"
+    for content in (b"\xff", b'{"stage": '):
+        path.write_bytes(content)
+        assert main([str(path)]) == 2
+        assert f"recipe must be a readable JSON config, got {str(path)!r}: " in capsys.readouterr().err
 
 
 def test_help_lists_recipes_and_its_examples_parse(capsys):

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from model.infimm_hd import PARTS as MODEL_PARTS
 from train.config import (
+    PARTS,
     DataConfig,
     ImageConfig,
     OptimizerConfig,
@@ -93,6 +95,11 @@ def test_json_round_trip(recipe):
             lambda: OptimizerConfig(lr_scale={"vision": 0}),
             "optimizer.lr_scale.vision must be positive, got 0",
         ),
+        (
+            lambda: OptimizerConfig(lr_scale={"visoin": 0.5}),
+            "optimizer.lr_scale must name parts of the model "
+            "(vision, gated_cross_attention, language), got 'visoin'; did you mean 'vision'?",
+        ),
         (lambda: ImageConfig(window_size=0), "image.window_size must be an int of at least 1, got 0"),
         (lambda: ImageConfig(mode="tiled"), "image.mode must be one of 'single', 'dynamic', got 'tiled'"),
         (lambda: DataConfig(sequence_length=1), "data.sequence_length must be an int of at least 2, got 1"),
@@ -109,6 +116,23 @@ def test_json_round_trip(recipe):
             "parallel.global_batch_size must be an int of at least 1",
         ),
         (lambda: dataclasses.replace(PT(), trainable=()), "trainable must name at least one part"),
+        (
+            lambda: dataclasses.replace(PT(), trainable=("langauge",)),
+            "trainable must name parts of the model "
+            "(vision, gated_cross_attention, language), got 'langauge'; did you mean 'language'?",
+        ),
+        (lambda: dataclasses.replace(PT(), trainable=(3,)), "trainable must name parts of the model"),
+        (lambda: dataclasses.replace(PT(), seed=-1), "seed must be an int of at least 0, got -1"),
+        (
+            lambda: dataclasses.replace(PT(), seed=2**63),
+            "seed must be at most 9223372036854775807 (2^63 - 1), got 9223372036854775808",
+        ),
+        (lambda: dataclasses.replace(PT(), output_dir=""), "output_dir must not be empty, got ''"),
+        (lambda: dataclasses.replace(PT(), output_dir=" "), "output_dir must not be empty, got ' '"),
+        (lambda: dataclasses.replace(PT(), output_dir=None), "output_dir must be a folder's name, got None"),
+        (lambda: dataclasses.replace(PT(), init_from=""), "init_from must not be empty, got ''"),
+        (lambda: DataConfig(path=""), "data.path must not be empty, got ''"),
+        (lambda: DataConfig(tokenizer=""), "data.tokenizer must not be empty, got ''"),
         (lambda: TrainConfig.from_dict({"stage": "a"}), "trainable must be given"),
         (lambda: TrainConfig.from_dict(PT().to_dict() | {"image": 3}), "image must be a JSON object, got 3"),
         (lambda: TrainConfig.from_dict(PT().to_dict() | {"sed": 3}), "got 'sed'; did you mean 'seed'"),
@@ -127,6 +151,12 @@ def test_limits_name_field_rule_and_value(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_parts_are_the_models():
+    """The config knows the parts without importing the model, which would import torch."""
+    assert PARTS == MODEL_PARTS
+    TrainConfig(stage="all", trainable=MODEL_PARTS, seed=2**63 - 1)
 
 
 def test_batch_arithmetic():

@@ -66,7 +66,6 @@ GOOD = {"image": "0.jpg", "conversations": messages("<image>\nwhich ?", "red")}
     [
         ('{"image": ', "bad_json", "record must be JSON"),
         ("\xff", "bad_json", "record must be JSON"),
-        ("", "bad_json", "record must be JSON"),
         ("[" * 100_000, "bad_json", "record must be JSON"),
         ('"text"', "bad_json", "record must be a JSON object, got 'text'"),
         (GOOD | {"image": "gone.jpg"}, "missing_image", "gone.jpg"),
@@ -120,6 +119,38 @@ def test_bad_record_names_file_line_rule_and_value(conversations, record, reason
     assert len(str(error.value)) < 500
 
 
+def test_blank_lines_are_no_records(conversations):
+    """A blank line, even one at the end of the file, stopped the training at the step that reached it; lines
+    are still counted as an editor counts them."""
+    path = conversations(2)
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n" + first + b"\r\n \t\n\n" + second + b"\nnot JSON")
+    dataset = ConversationDataset(path)
+    assert len(dataset) == 3
+    assert [dataset[i].turns[0][1] for i in range(2)] == ["red", "green"]
+    assert [dataset[i].origin for i in range(2)] == [f"{path} line 2", f"{path} line 5"]
+    with pytest.raises(BadSample, match=f"{path} line 6: record must be JSON, got b'not JSON'"):
+        dataset[2]
+    path.write_bytes(b"\n \r\n")
+    with pytest.raises(ValueError, match="data.path must hold at least one record, got none in"):
+        ConversationDataset(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(conversations):
+    """A JSON array behind a UTF-8 byte-order mark passed for JSON lines, and the training failed later."""
+    path = conversations(2)
+    records = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + records)
+    dataset = ConversationDataset(path)
+    assert [dataset[i].turns[0][1] for i in range(2)] == ["red", "green"]
+    path.write_bytes(b"\xef\xbb\xbf\n[" + records)
+    with pytest.raises(ValueError, match="one JSON record a line, got a JSON array"):
+        ConversationDataset(path)
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match="must hold at least one record"):
+        ConversationDataset(path)
+
+
 def test_files_that_are_no_dataset(tmp_path, conversations):
     with pytest.raises(ValueError, match="data.path must be an existing file, got 'nowhere.jsonl'"):
         ConversationDataset("nowhere.jsonl")
@@ -143,5 +174,14 @@ def test_datasets_by_name(conversations):
         build_dataset(DataConfig(name="conversation"))
     with pytest.raises(ValueError, match="data.options must fit dataset 'conversations'"):
         build_dataset(DataConfig(path=str(path), options={"split": "train"}))
+    with pytest.raises(ValueError, match="data.options must fit dataset 'conversations'.*'image_root': 3"):
+        build_dataset(DataConfig(path=str(path), options={"image_root": 3}))
     with pytest.raises(ValueError, match="data.options must fit dataset 'conversations'.*'path'"):
         build_dataset(DataConfig())
+
+
+def test_a_dataset_without_its_packages_says_so(monkeypatch):
+    """Without the demo's extra, data.name=painted was a traceback that ended in ModuleNotFoundError."""
+    monkeypatch.setitem(sys.modules, "train.demo.painted", None)
+    with pytest.raises(ValueError, match="data.name must be a dataset whose packages are installed, got"):
+        build_dataset(DataConfig(name="painted"))

@@ -290,10 +290,17 @@ def test_a_batch_without_answers_stops(tiny, tokenizer):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"trainable": ["visoin"]}, "'visoin'"),
-        ({"optimizer__lr_scale": {"languages": 0.5}}, "did you mean 'language'"),
-        ({"model__preset": "huge"}, "'huge'"),
+        ({"model__preset": "tony"}, "model.preset must be one of infimm_hd_13b, tiny, got 'tony'"),
         ({"model__options": {"vision": {"num_layer": 3}}}, "did you mean 'num_layers'"),
+        ({"model__options__vision__num_heads": 5}, "model.options must fit preset 'tiny', got {"),
+        (
+            {"model__options": {"vision": 3}},
+            "model.options must fit preset 'tiny', got {'vision': 3}: vision must be an object, got 3",
+        ),
+        (
+            {"data__sequence_length": 513},
+            "data.sequence_length must be at most the LLM's max_position_embeddings 512, got 513",
+        ),
         ({"image__window_size": 30}, "window_size must be a positive multiple of patch_size 7, got 30"),
         ({"data__name": "painting"}, "did you mean 'painted'"),
         (

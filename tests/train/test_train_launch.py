@@ -11,6 +11,7 @@ import pytest
 
 from train.config import TrainConfig
 from train.engine import run
+from train.overrides import override
 
 from .tiny_stage import assert_weights_close, log_of, messages, tiny_config, weights_of, write_conversations
 
@@ -91,20 +92,36 @@ def test_two_ranks_train_as_one(one_rank, config_file, tmp_path, launcher, zero_
     assert_same_training(tmp_path / "output", Path(one_rank.output_dir))
 
 
+def test_a_foreign_output_folder_stops_both_ranks(one_rank, config_file, tmp_path):
+    """Rank 0 looks, and tells rank 1 before it builds a model and waits for a rank that is gone. One of them
+    may be ended by torchrun before it has said so; a line is never torn by the other's, as it was."""
+    precious = tmp_path / "output" / "model" / "config.py"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    done = launch("torchrun", config_file(one_rank), f"output_dir={tmp_path / 'output'}")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "train: error" in line]
+    folder = str(tmp_path / "output")
+    rule = "output_dir must not hold a 'model' that no stage wrote (no config.json of a stage there)"
+    assert set(said) == {f"train: error: {rule}, got {folder!r}"}
+    assert [path.name for path in (tmp_path / "output").rglob("*")] == ["model", "config.py"]
+
+
 def test_a_rank_without_any_good_sample_keeps_up(one_rank, config_file, tmp_path):
     """In dataset order rank 1 of 2 reads the second half of every batch, here all bad: it trains on nothing,
     sees no image, and the step is that of the good half alone."""
     path = write_conversations(tmp_path / "data", 4)
     bad = {"image": "gone.jpg", "conversations": messages("<image> which ?", "red")}
     path.write_text(path.read_text() + (json.dumps(bad) + "\n") * 4)
-    overrides = [f"data.path={path}", "data.shuffle=false", "data.on_bad_sample=skip"]
-    folders = [tmp_path / launcher for launcher in ("python", "torchrun")]
-    for folder in folders:
-        done = launch(folder.name, config_file(one_rank), f"output_dir={folder}", *overrides)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert log_of(folder)[-1]["skipped"] == {"missing_image": 12}
-        assert "CPT: trained on 12 samples, skipped 12 (missing_image 12)" in done.stdout
-    assert_same_training(folders[1], folders[0])
+    overrides = {"data.path": str(path), "data.shuffle": False, "data.on_bad_sample": "skip"}
+    config = override(one_rank, overrides | {"output_dir": str(tmp_path / "one_rank")})
+    run(config)
+    done = launch("torchrun", config_file(config), f"output_dir={tmp_path / 'two_ranks'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "CPT: trained on 12 samples, skipped 12 (missing_image 12)" in done.stdout
+    for folder in ("one_rank", "two_ranks"):
+        assert log_of(tmp_path / folder)[-1]["skipped"] == {"missing_image": 12}
+    assert_same_training(tmp_path / "two_ranks", tmp_path / "one_rank")
 
 
 def test_a_bad_sample_of_one_rank_stops_both(one_rank, config_file, tmp_path):

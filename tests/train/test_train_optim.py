@@ -63,9 +63,3 @@ def test_groups_hold_every_trainable_parameter_once():
         assert lr == (0.25 if name.startswith("vision.") else 1.0)
         vector = model.get_parameter(name).ndim < 2
         assert weight_decay == (0.0 if vector or name == "vision.position_table" else 0.1), name
-
-
-def test_unknown_part_names_the_nearest():
-    model = InfiMMHD(preset("tiny"))
-    with pytest.raises(ValueError, match="got 'visoin'; did you mean 'vision'"):
-        parameter_groups(model, OptimizerConfig(lr_scale={"visoin": 0.5}))

@@ -73,6 +73,7 @@ def tiny_config(recipe: str, output_dir: Path, **overrides: object) -> TrainConf
         "output_dir": str(output_dir),
         "model.preset": "tiny",
         "model.options": MODEL_OPTIONS,
+        "model.allow_random_frozen": True,
         "image.window_size": 28 if recipe == "PT" else 56,
         "data.prompt": "plain",
         "data.sequence_length": 32,
