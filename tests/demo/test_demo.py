@@ -39,9 +39,24 @@ def test_the_demo_leaves_its_report_and_pictures(tmp_path, capsys):
     assert InfiMMHD.from_pretrained(tmp_path / "CPT" / "model").config.vision.window_size == 56
 
 
-def test_a_bad_scale_is_one_line():
-    with pytest.raises(SystemExit, match="--scale must be positive, got 0.0"):
-        demo.main(["--scale", "0"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scale", "0"], "--scale must lie in 0..100, got 0.0"),
+        (["--scale", "nan"], "--scale must lie in 0..100, got nan"),
+        (["--images", "0"], "--images must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must lie in 0..2^63 - 1, got -1"),
+        (
+            ["--output", "/dev/null/runs"],
+            "--output must be a folder that can be written, got '/dev/null/runs'",
+        ),
+    ],
+)
+def test_bad_options_are_refused_before_any_training(arguments, message, capsys):
+    """`--images 0` trained for minutes and then failed with an IndexError."""
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_warm_ups_learn():

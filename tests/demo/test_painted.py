@@ -46,6 +46,14 @@ def test_strings_stand_left_top_and_right_bottom_in_two_colours_on_the_grid():
         assert image.strings[0].colour != image.strings[1].colour
 
 
+def test_off_grid_moves_the_strings_and_nothing_else():
+    """The jitter once came from the common generator, so that the off-grid set had other strings too."""
+    for i in range(40):
+        on, off = evaluation_set().painted(i), evaluation_set(off_grid=True).painted(i)
+        assert [(s.text, s.font_size) for s in on.strings] == [(s.text, s.font_size) for s in off.strings]
+        assert on.pixels.shape == off.pixels.shape
+
+
 def test_off_grid_strings_stand_anywhere():
     offsets = {
         tuple(n % 7 for n in evaluation_set(off_grid=True).painted(i).strings[0].box[:2]) for i in range(300)
@@ -91,6 +99,11 @@ def test_questions_ask_for_characters_colour_and_count():
         (dict(split="test"), "split must be one of .*, got 'test'"),
         (dict(off_grid=1.5), "off_grid must lie in 0..1, got 1.5"),
         (dict(lengths=(0, 1)), r"lengths must lie in 1..4, got \(0, 1\)"),
+        (dict(lengths=()), r"lengths must lie in 1..4, got \(\)"),
+        (dict(canvases=((5, 5),)), r"canvases must be \(height, width\) between .*, got \(5, 5\)"),
+        (dict(canvases=((9999, 112),)), r"canvases must be \(height, width\) between .*, got \(9999, 112\)"),
+        (dict(canvases=()), r"canvases must name at least one size, got \(\)"),
+        (dict(font_sizes=()), r"font_sizes must be positive, got \(\)"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):

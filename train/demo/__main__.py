@@ -12,7 +12,7 @@ import torch
 from model import ImageProcessor, InfiMMHD, preset
 from train.engine import RunResult, run
 
-from .evaluate import Answer, accuracy, accuracy_by_size, answer_questions, evaluation_set
+from .evaluate import Answer, accuracy, accuracy_by_length, accuracy_by_size, answer_questions, evaluation_set
 from .painted import KINDS
 from .plots import plot_attention, plot_losses
 from .stages import ONE_VIEW_FACTOR, WINDOW, demo_stages, stage_config
@@ -24,15 +24,14 @@ LOSS_WINDOW = 20
 
 EVALUATED_IMAGES = 192
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    if options.scale <= 0:
-        raise SystemExit(f"train.demo: error: --scale must be positive, got {options.scale}")
+    options = _options(arguments)
     started = time.perf_counter()
     torch.manual_seed(options.seed)
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     precision = "bf16_autocast" if bfloat16_is_fast() else "fp32"
     print(f"demo: {torch.get_num_threads()} threads on {os.cpu_count()} cores, {precision}, into {output}")
 
@@ -78,13 +77,25 @@ def bfloat16_is_fast() -> bool:
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
     parser.add_argument("--output", default="runs/demo", help="folder for models, report and pictures")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of everything")
     parser.add_argument("--images", type=int, default=EVALUATED_IMAGES, help="held-out pictures to ask about")
     parser.add_argument("--seed", type=int, default=0)
-    return parser
+    options = parser.parse_args(arguments)
+    if not 0 < options.scale <= 100:
+        parser.error(f"--scale must lie in 0..100, got {options.scale}")
+    if options.images < 1:
+        parser.error(f"--images must be at least 1, got {options.images}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must lie in 0..2^63 - 1, got {options.seed}")
+    try:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+        (Path(options.output) / "report.json").open("a").close()
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be written, got {options.output!r}: {error}")
+    return options
 
 
 def _warm_up(folder: Path, tokenizer, options: argparse.Namespace, precision: str) -> dict[str, object]:
@@ -92,7 +103,10 @@ def _warm_up(folder: Path, tokenizer, options: argparse.Namespace, precision: st
     config = WarmUpConfig(autocast=precision == "bf16_autocast", seed=options.seed)
     config.vision_steps = max(2, round(config.vision_steps * options.scale))
     config.language_steps = max(2, round(config.language_steps * options.scale))
-    model = InfiMMHD(preset("tiny"))
+    tiny = preset("tiny")
+    # torch's fused attention, the default, has a slow bfloat16 backward on the CPU
+    tiny.language["attn_implementation"] = "eager"
+    model = InfiMMHD(tiny).to(DEVICE)
     vision = warm_up_vision(model, config)
     language = warm_up_language(model, tokenizer, config)
     model.save_pretrained(folder / "model")
@@ -134,8 +148,8 @@ def _train(
 
 def _evaluate(output: Path, tokenizer, options: argparse.Namespace) -> dict[str, object]:
     """Accuracies, five answers in full, and the picture of the attention."""
-    model = InfiMMHD.from_pretrained(output / "IFT" / "model")
-    low = InfiMMHD.from_pretrained(output / "IFT_one_view" / "model")
+    model = InfiMMHD.from_pretrained(output / "IFT" / "model").to(DEVICE)
+    low = InfiMMHD.from_pretrained(output / "IFT_one_view" / "model").to(DEVICE)
     windows = ImageProcessor(window_size=WINDOW, mode="dynamic")
     single = ImageProcessor(window_size=WINDOW, mode="single")
     held_out, off_grid = evaluation_set(), evaluation_set(off_grid=True)
@@ -171,6 +185,7 @@ def _evaluate(output: Path, tokenizer, options: argparse.Namespace) -> dict[str,
                 }
                 for kind in KINDS
             },
+            "characters_by_length": accuracy_by_length(shown),
             "characters_by_size": {
                 "windows": accuracy_by_size(shown),
                 "one_view": accuracy_by_size(one_view),

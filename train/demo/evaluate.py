@@ -99,6 +99,8 @@ def ask(
             windows_per_image=[len(view.pixel_values) for view in views],
             images_per_sample=[1] * len(views),
         )
+    device = model.language.device
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     end = tokenizer.eos_token_id
     texts = []
     for row in model.generate(**arguments).tolist():
@@ -115,6 +117,15 @@ def accuracy(answers: list[Answer], **conditions: object) -> float:
     if not chosen:
         raise ValueError(f"conditions must select at least one answer, got {conditions}")
     return float(np.mean(chosen))
+
+
+def accuracy_by_length(answers: list[Answer]) -> dict[str, float]:
+    """Accuracy on `characters` questions by length; strings of one digit are never held out."""
+    by_length: dict[str, list[bool]] = {}
+    for answer in answers:
+        if answer.kind == "characters":
+            by_length.setdefault(str(len(answer.string.text)), []).append(answer.correct)
+    return {length: float(np.mean(correct)) for length, correct in sorted(by_length.items())}
 
 
 def accuracy_by_size(answers: list[Answer]) -> dict[str, float]:

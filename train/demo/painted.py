@@ -168,12 +168,12 @@ def shade(rng: np.random.Generator, colour: int) -> np.ndarray:
 
 @dataclasses.dataclass(kw_only=True)
 class PaintedPhotographs:
-    """An endless set: `dataset[i]` is drawn from a generator seeded with (seed, i), the same everywhere.
+    """An endless set: `dataset[i]` is drawn from generators seeded with (seed, i), the same everywhere.
 
     `canvases` lists the (height, width) in pixels a sample may have. A string's corner is a multiple of
     `snap` pixels from its corner of the canvas; with probability `off_grid` it is moved by up to `snap - 1`
-    pixels more, so that it starts anywhere. A sample asks both strings for their colour and for their
-    characters (three times in four) or their number."""
+    pixels more, so that it starts anywhere. A sample asks both strings for their colour, and for their
+    number with probability `count_share`, else for their characters."""
 
     split: str = "train"
     canvases: tuple[tuple[int, int], ...] = ((112, 112),)
@@ -181,60 +181,73 @@ class PaintedPhotographs:
     lengths: tuple[int, ...] = (1, 2, 3, 4)
     snap: int = 7
     off_grid: float = 0.0
+    count_share: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
-        photographs(self.split)
-        if not 0.0 <= self.off_grid <= 1.0:
-            raise ValueError(f"off_grid must lie in 0..1, got {self.off_grid!r}")
-        if min(self.lengths) < 1 or max(self.lengths) > len(NUMBER_WORDS):
+        available = photographs(self.split)
+        for field in ("off_grid", "count_share"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"{field} must lie in 0..1, got {getattr(self, field)!r}")
+        if not self.lengths or min(self.lengths) < 1 or max(self.lengths) > len(NUMBER_WORDS):
             raise ValueError(f"lengths must lie in 1..{len(NUMBER_WORDS)}, got {self.lengths!r}")
+        if not self.font_sizes or min(self.font_sizes) < 1:
+            raise ValueError(f"font_sizes must be positive, got {self.font_sizes!r}")
+        cells = [glyph("0", size).shape for size in self.font_sizes]
+        smallest = max(height for height, _ in cells), max(width for _, width in cells) * min(self.lengths)
+        largest = max(p.shape[0] for p in available), max(p.shape[1] for p in available)
+        if not self.canvases:
+            raise ValueError(f"canvases must name at least one size, got {self.canvases!r}")
+        for canvas in self.canvases:
+            fits = len(canvas) == 2 and all(
+                low <= side <= high for low, side, high in zip(smallest, canvas, largest, strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"canvases must be (height, width) between {smallest} and {largest}, got {canvas!r}"
+                )
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Sample:
-        rng = np.random.default_rng([self.seed, index])
-        image = self.draw(rng)
+        image = self.painted(index)
+        rng = np.random.default_rng([self.seed, index, 2])
         turns = []
         for side, string in enumerate(image.strings):
-            kind = "characters" if rng.random() < 0.75 else "count"
+            kind = "count" if rng.random() < self.count_share else "characters"
             turns += [question_and_answer(kind, side, string), question_and_answer("colour", side, string)]
         return Sample(image=image.pixels, turns=[turns[i] for i in rng.permutation(len(turns))])
 
     def painted(self, index: int) -> PaintedImage:
         """The picture behind `dataset[index]`, with what was painted where."""
-        return self.draw(np.random.default_rng([self.seed, index]))
-
-    def draw(self, rng: np.random.Generator) -> PaintedImage:
+        # The jitter has a generator of its own: `off_grid` moves the strings and changes nothing else but the
+        # colours, which follow the ground.
+        rng, placing = (np.random.default_rng([self.seed, index, stream]) for stream in (0, 1))
         height, width = self.canvases[rng.integers(len(self.canvases))]
         canvas = crop(rng, self.split, height, width)
+        roomy = min(height, width) >= 16 * self.snap
+        written = [self._string(rng, width) for _ in SIDES]
+        shifts = [rng.integers(2, size=2) * self.snap * roomy for _ in SIDES]
         strings: list[PaintedString] = []
-        for side in range(len(SIDES)):
-            font_size = int(rng.choice(self.font_sizes))
+        for side, (text, font_size) in enumerate(written):
             cell_height, cell_width = glyph("0", font_size).shape
-            longest = max(n for n in self.lengths if n * cell_width <= width or n == min(self.lengths))
-            text = random_string(rng, min(int(rng.choice(self.lengths)), longest), self.split)
-            text_width = cell_width * len(text)
-            shift = self._shift(rng, roomy=min(height, width) >= 16 * self.snap)
-            if side == 0:
-                left, top = shift
-            else:
-                left = (width - text_width) // self.snap * self.snap - shift[0]
-                top = (height - cell_height) // self.snap * self.snap - shift[1]
-            left = min(max(left, 0), width - text_width)
-            top = min(max(top, 0), height - cell_height)
-            box = (left, top, left + text_width, top + cell_height)
+            room = np.array([width - cell_width * len(text), height - cell_height])
+            shift = shifts[side]
+            if placing.random() < self.off_grid:
+                shift = shift + placing.integers(self.snap, size=2)
+            corner = shift if side == 0 else room // self.snap * self.snap - shift
+            left, top = (int(n) for n in np.clip(corner, 0, room))
+            box = (left, top, left + cell_width * len(text), top + cell_height)
             ground = canvas[box[1] : box[3], box[0] : box[2]]
-            colour = choose_colour(rng, ground, tuple(s.colour for s in strings))
-            paint(canvas, text, font_size, left, top, shade(rng, colour))
+            colour = choose_colour(placing, ground, tuple(s.colour for s in strings))
+            paint(canvas, text, font_size, left, top, shade(placing, colour))
             strings.append(PaintedString(text, colour, font_size, box))
         return PaintedImage(np.clip(canvas, 0, 255).astype(np.uint8), (strings[0], strings[1]))
 
-    def _shift(self, rng: np.random.Generator, roomy: bool) -> tuple[int, int]:
-        """Distance in pixels from the string's corner of the canvas, (x, y)."""
-        x, y = (int(n) * self.snap for n in rng.integers(2, size=2)) if roomy else (0, 0)
-        if rng.random() < self.off_grid:
-            jitter = rng.integers(self.snap, size=2)
-            x, y = x + int(jitter[0]), y + int(jitter[1])
-        return x, y
+    def _string(self, rng: np.random.Generator, width: int) -> tuple[str, int]:
+        """A string that fits `width` pixels, and its font size."""
+        font_size = int(rng.choice(self.font_sizes))
+        fitting = [n for n in self.lengths if n * glyph("0", font_size).shape[1] <= width]
+        length = min(int(rng.choice(self.lengths)), max(fitting))
+        return random_string(rng, length, self.split), font_size

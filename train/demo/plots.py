@@ -55,6 +55,7 @@ def cross_attention_maps(
     mean over the heads of the gated block whose gates are open the widest."""
     prompt = tokenizer(f"<bos> <image> {question}").input_ids
     written = tokenizer(answer).input_ids
+    device = model.language.device
     caught: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for index, block in model.gated_blocks.items():
@@ -66,9 +67,9 @@ def cross_attention_maps(
     try:
         model.eval()
         model(
-            input_ids=torch.tensor([prompt + written]),
-            pixel_values=view.pixel_values,
-            window_positions=view.window_positions,
+            input_ids=torch.tensor([prompt + written], device=device),
+            pixel_values=view.pixel_values.to(device),
+            window_positions=view.window_positions.to(device),
             windows_per_image=[len(view.pixel_values)],
             images_per_sample=[1],
         )
@@ -86,7 +87,7 @@ def cross_attention_maps(
     grid = model.config.vision.grid_size
     probabilities = scores.softmax(-1).mean(0).view(len(written), -1, model.config.vision.num_tokens)
     maps = probabilities[:, :, NUM_PREFIX_TOKENS:].reshape(len(written), -1, grid, grid)
-    return tokenizer.convert_ids_to_tokens(written), maps
+    return tokenizer.convert_ids_to_tokens(written), maps.cpu()
 
 
 def plot_attention(
@@ -145,10 +146,11 @@ def plot_attention(
 
 
 def _overlay(axes, heat: Tensor, shape: tuple[int, ...], vmax: float) -> None:
-    extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
-    axes.imshow(
-        heat.numpy(), extent=extent, cmap="hot", alpha=0.6, vmin=0.0, vmax=vmax, interpolation="nearest"
-    )
+    """Draws `heat` [rows, columns] over a picture; the less attention, the more of the picture shows."""
+    strength = (heat.numpy() / vmax).clip(0.0, 1.0) ** 0.5
+    colours = plt.get_cmap("autumn")(strength)
+    colours[..., 3] = 0.75 * strength
+    axes.imshow(colours, extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), interpolation="nearest")
 
 
 def _thumbnail(pixels: np.ndarray, window: int) -> Image.Image:

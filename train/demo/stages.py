@@ -40,38 +40,43 @@ class DemoStage:
 
 
 def demo_stages(off_grid: float) -> dict[str, DemoStage]:
-    """PT, CPT, DRA and IFT of the demo, in order."""
+    """PT, CPT, DRA and IFT of the demo, in order; only IFT asks for the number of characters.
+
+    `off_grid` is the share of the training strings that stand anywhere (see `PaintedPhotographs`)."""
+
+    def options(seed: int, *canvases: tuple[int, int], count_share: float = 0.0, **more) -> dict[str, object]:
+        sizes = [list(canvas) for canvas in canvases]
+        return dict(canvases=sizes, seed=seed, off_grid=off_grid, count_share=count_share, **more)
+
     small = [FONT_SIZES["small"], FONT_SIZES["medium"]]
     return {
         "PT": DemoStage(
             PT(),
-            250,
-            48,
-            dict(gated_cross_attention=4e-3),
-            dict(
-                canvases=[[PT_WINDOW, PT_WINDOW]], font_sizes=small, lengths=[1, 2], seed=1, off_grid=off_grid
-            ),
+            steps=250,
+            batch=48,
+            lr=dict(gated_cross_attention=4e-3),
+            options=options(1, (PT_WINDOW, PT_WINDOW), font_sizes=small, lengths=[1, 2]),
         ),
         "CPT": DemoStage(
             CPT(),
-            250,
-            32,
-            dict(vision=1e-3, gated_cross_attention=3e-3),
-            dict(canvases=[[WINDOW, WINDOW]], seed=2, off_grid=off_grid),
+            steps=250,
+            batch=32,
+            lr=dict(vision=1e-3, gated_cross_attention=3e-3),
+            options=options(2, (WINDOW, WINDOW)),
         ),
         "DRA": DemoStage(
             DRA(),
-            250,
-            32,
-            dict(vision=6e-4, gated_cross_attention=2e-3),
-            dict(canvases=[list(c) for c in CANVASES], seed=3, off_grid=off_grid),
+            steps=250,
+            batch=32,
+            lr=dict(vision=6e-4, gated_cross_attention=2e-3),
+            options=options(3, *CANVASES),
         ),
         "IFT": DemoStage(
             IFT(),
-            350,
-            32,
-            dict(gated_cross_attention=2e-3, language=1e-3),
-            dict(canvases=[list(CANVAS)], seed=4, off_grid=off_grid),
+            steps=350,
+            batch=32,
+            lr=dict(gated_cross_attention=2e-3, language=1e-3),
+            options=options(4, CANVAS, count_share=0.4),
         ),
     }
 
@@ -97,7 +102,12 @@ def stage_config(
         log_interval=max(1, steps // 5),
         image=ImageConfig(window_size=window, mode="single" if one_view else recipe.image.mode),
         data=DataConfig(
-            name="painted", options=stage.options, prompt="plain", sequence_length=96, shuffle=False
+            name="painted",
+            workers=1,
+            options=stage.options,
+            prompt="plain",
+            sequence_length=96,
+            shuffle=False,
         ),
         optimizer=OptimizerConfig(
             lr_peak=peak,

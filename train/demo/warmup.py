@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model import InfiMMHD
 from model.image import CLIP_MEAN, CLIP_STD
+from model.infimm_hd import IGNORE_INDEX
 
 from .painted import (
     COLOUR_NAMES,
@@ -41,13 +42,13 @@ BACKGROUND_WEIGHT = 0.15
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class WarmUpConfig:
-    vision_steps: int = 1300
+    vision_steps: int = 2000
     vision_lr: float = 2e-3
     canvases: int = 10
     """Canvases of 4 x 4 windows at full scale a step."""
     half_scale_canvases: int = 3
     """Canvases painted at twice the size and halved, as a thumbnail is."""
-    off_grid: float = 0.0
+    off_grid: float = 0.5
     """Share of the strings that are not on the patch grid."""
     language_steps: int = 350
     language_lr: float = 3e-3
@@ -148,20 +149,21 @@ def _cut(x: Tensor, side: int) -> Tensor:
 
 def warm_up_vision(model: InfiMMHD, config: WarmUpConfig) -> dict[str, object]:
     """Trains the ViT under three throw-away linear heads: losses, seconds, the last batch's accuracies."""
-    vision = model.vision
+    vision, device = model.vision, model.vision.cls_token.device
     rng = np.random.default_rng([config.seed, 1])
     classes = {"character": len(DIGITS) + 1, "colour": len(COLOUR_NAMES) + 1, "index": len(NUMBER_WORDS) + 1}
     weights = (1.0, 1.0, 0.5)
-    heads = nn.ModuleList(nn.Linear(vision.config.hidden_size, n) for n in classes.values())
+    heads = nn.ModuleList(nn.Linear(vision.config.hidden_size, n) for n in classes.values()).to(device)
     accuracy: dict[str, float] = {}
 
     def loss_of_step() -> Tensor:
         windows, targets = _vision_batch(rng, config, vision.config.window_size, vision.config.patch_size)
+        targets = targets.to(device)
         weight = torch.where(targets[:, 0] > 0, 1.0, BACKGROUND_WEIGHT).flatten()
-        with _autocast(config.autocast):
-            features = vision(windows)[:, 1:]
+        with _autocast(device, config.autocast):
+            features = vision(windows.to(device))[:, 1:]
             logits = [head(features).float() for head in heads]
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for i, (name, factor) in enumerate(zip(classes, weights, strict=True)):
             losses = F.cross_entropy(logits[i].flatten(0, 1), targets[:, i].flatten(), reduction="none")
             total = total + factor * (losses * weight).sum() / weight.sum()
@@ -179,17 +181,17 @@ def warm_up_language(
     model: InfiMMHD, tokenizer: PreTrainedTokenizerFast, config: WarmUpConfig
 ) -> dict[str, object]:
     """Trains the LLM on the demo's questions about strings told in words; returns losses and seconds."""
-    language = model.language
+    language, device = model.language, model.language.device
     rng = np.random.default_rng([config.seed, 2])
 
     def loss_of_step() -> Tensor:
         rows = [_told_sample(rng, tokenizer, config.context_share) for _ in range(config.language_batch)]
         longest = max(len(ids) for ids, _ in rows)
         input_ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in rows])
-        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
-        with _autocast(config.autocast):
-            logits = language(input_ids=input_ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        labels = torch.tensor([labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows])
+        with _autocast(device, config.autocast):
+            logits = language(input_ids=input_ids.to(device), use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(device))
 
     started = time.perf_counter()
     losses = _optimize(
@@ -215,7 +217,7 @@ def _told_sample(
     media = "<image>" if rng.random() < 0.5 else ""
     context = " ".join(told) if rng.random() < context_share else ""
     ids = tokenizer(f"<bos> {media} {context}").input_ids
-    labels = [-100] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     turns = []
     for side, string in enumerate(strings):
         kind = "characters" if rng.random() < 0.75 else "count"
@@ -224,9 +226,9 @@ def _told_sample(
         question, answer = (tokenizer(text).input_ids for text in turns[turn])
         answer.append(tokenizer.eos_token_id)
         ids += question + answer
-        labels += [-100] * len(question) + answer
+        labels += [IGNORE_INDEX] * len(question) + answer
     return ids, labels
 
 
-def _autocast(enabled: bool) -> contextlib.AbstractContextManager:
-    return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
+def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
