@@ -8,6 +8,7 @@ import torch
 
 from model import ImageProcessor, InfiMMHD, preset
 from train.demo import __main__ as demo
+from train.demo.arms import train_side_by_side
 from train.demo.evaluate import accuracy, answer_questions, evaluation_set
 from train.demo.plots import cross_attention_maps
 from train.demo.vocabulary import build_tokenizer
@@ -57,6 +58,13 @@ def test_bad_options_are_refused_before_any_training(arguments, message, capsys)
     with pytest.raises(SystemExit):
         demo.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_failing_arm_ends_both_and_shows_its_log(tmp_path):
+    """The arms are processes: one that stops must not leave the other running, or its reason in a file."""
+    with pytest.raises(RuntimeError, match="(?s)the arm '(windows|one_view)' stopped.*init_from must be"):
+        train_side_by_side(tmp_path, scale=0.01, precision="fp32")
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_warm_ups_learn():

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from model import ImageProcessor, InfiMMHD, preset
-from train.engine import RunResult, run
 
+from .arms import SHARED_STAGES, StageResult, train_side_by_side, train_stages
 from .evaluate import Answer, accuracy, accuracy_by_length, accuracy_by_size, answer_questions, evaluation_set
 from .painted import KINDS
 from .plots import plot_attention, plot_losses
-from .stages import ONE_VIEW_FACTOR, WINDOW, demo_stages, stage_config
+from .stages import ONE_VIEW_FACTOR, WINDOW
 from .vocabulary import build_tokenizer
 from .warmup import WarmUpConfig, warm_up_language, warm_up_vision
 
@@ -37,17 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     tokenizer = build_tokenizer()
     warm_up = _warm_up(output / "warm_up", tokenizer, options, precision)
-    results = _train(output, options, precision)
-    one_view = _train(output, options, precision, one_view=True)
+    settings = dict(scale=options.scale, precision=precision)
+    results = train_stages(SHARED_STAGES, output, init_from=output / "warm_up", **settings)
+    arms = train_side_by_side(output, **settings)
+    results |= arms["windows"]
     evaluation = _evaluate(output, tokenizer, options)
 
     report = {
         "stages": [_stage_row(name, result) for name, result in results.items()],
         **evaluation,
         "one_view_arm": {
-            "stages": [_stage_row(name, result) for name, result in one_view.items()],
-            "seconds": sum(result.seconds for result in one_view.values()),
-            "windows_arm_seconds": sum(results[name].seconds for name in one_view),
+            "stages": [_stage_row(name, result) for name, result in arms["one_view"].items()],
+            "seconds": sum(result.seconds for result in arms["one_view"].values()),
+            "windows_arm_seconds": sum(result.seconds for result in arms["windows"].values()),
             "steps_factor": ONE_VIEW_FACTOR,
         },
         "warm_up": warm_up,
@@ -120,30 +122,6 @@ def _warm_up(folder: Path, tokenizer, options: argparse.Namespace, precision: st
         },
         "language": {**_loss_row(language["losses"]), "seconds": language["seconds"]},
     }
-
-
-def _train(
-    output: Path, options: argparse.Namespace, precision: str, one_view: bool = False
-) -> dict[str, RunResult]:
-    """All four stages; with `one_view` the low-resolution arm, which leaves the others after CPT."""
-    stages = demo_stages(off_grid=WarmUpConfig().off_grid)
-    names = ("DRA", "IFT") if one_view else tuple(stages)
-    previous = output / ("CPT" if one_view else "warm_up")
-    results = {}
-    for name in names:
-        folder = output / (f"{name}_one_view" if one_view else name)
-        config = stage_config(
-            name,
-            stages[name],
-            init_from=previous,
-            output_dir=folder,
-            precision=precision,
-            scale=options.scale,
-            one_view=one_view,
-        )
-        results[name] = run(config)
-        previous = folder
-    return results
 
 
 def _evaluate(output: Path, tokenizer, options: argparse.Namespace) -> dict[str, object]:
@@ -221,7 +199,7 @@ def _loss_row(losses: list[float]) -> dict[str, object]:
     }
 
 
-def _stage_row(name: str, result: RunResult) -> dict[str, object]:
+def _stage_row(name: str, result: StageResult) -> dict[str, object]:
     return {"name": name, **_loss_row(result.losses), "seconds": result.seconds}
 
 

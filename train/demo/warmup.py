@@ -35,6 +35,7 @@ from .painted import (
     random_string,
     shade,
 )
+from .stages import OFF_GRID
 
 BACKGROUND_WEIGHT = 0.15
 """Loss weight of patches without a character."""
@@ -48,7 +49,7 @@ class WarmUpConfig:
     """Canvases of 4 x 4 windows at full scale a step."""
     half_scale_canvases: int = 3
     """Canvases painted at twice the size and halved, as a thumbnail is."""
-    off_grid: float = 0.5
+    off_grid: float = OFF_GRID
     """Share of the strings that are not on the patch grid."""
     language_steps: int = 350
     language_lr: float = 3e-3
