@@ -97,14 +97,16 @@ def test_a_build_that_cannot_work_fails_with_the_reason(checkout, tmp_path, chan
 
 
 def imported_from(site, cwd):
-    """Where a fresh interpreter finds each package after an editable install into `site`."""
+    """Where a fresh interpreter finds each package after an editable install into `site`.
+
+    -S keeps out this environment's own site-packages, in which `make` has installed the checkout too."""
     names = ["infimm_kernels", *CHECKOUT_PACKAGES]
     code = (
         f"import site, importlib.util; site.addsitedir({str(site)!r})\n"
         f"for name in {names!r}: print(importlib.util.find_spec(name).submodule_search_locations[0])"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code],
+        [sys.executable, "-I", "-S", "-c", code],
         cwd=cwd,
         capture_output=True,
         text=True,
