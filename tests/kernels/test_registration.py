@@ -199,6 +199,15 @@ def test_functional_gradients(make):
     assert max(max_error(b[1], e) for b, e in zip(batched, expected, strict=True)) < 1e-12
 
 
+def assert_float32_gradients_equal(out, inputs, expected, low):
+    """The gradients of `inputs` are those of their rounded copies `low`, in float32."""
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, low, dout)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs.float())
+
+
 @pytest.mark.parametrize("make", [varlen, window], ids=lambda make: make.__name__)
 def test_autocast(make):
     case = make(torch.float32)
@@ -208,12 +217,7 @@ def test_autocast(make):
     expected = case.call(*low)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
-    dout = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, case.inputs, dout), torch.autograd.grad(expected, low, dout), strict=True
-    ):
-        assert ours.dtype == torch.float32
-        assert torch.equal(ours, theirs.float())
+    assert_float32_gradients_equal(out, case.inputs, expected, low)
 
 
 residual_ops = pytest.mark.parametrize("make", [gated, cross], ids=lambda make: make.__name__)
@@ -232,12 +236,7 @@ def test_autocast_keeps_the_residual_stream(make, compiled):
     expected = case.call(*low)
     assert out.dtype == torch.float32
     assert torch.equal(out, expected)
-    dout = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, case.inputs, dout), torch.autograd.grad(expected, low, dout), strict=True
-    ):
-        assert ours.dtype == torch.float32
-        assert torch.equal(ours, theirs.float())
+    assert_float32_gradients_equal(out, case.inputs, expected, low)
 
 
 @residual_ops
