@@ -2,6 +2,7 @@
 # make test       lint and all tests but the long ones
 # make test-long  the long tests
 # make lint       ruff and clang-format
+# make gpu        build, test and measure on the GPU at hand, in BUDGET_S=540 seconds: bench/results/
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 CPP := $(wildcard csrc/*.* csrc/common/* tests/emulate/*.cpp tests/emulate/cuda_shim/*)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/common/*)
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long lint gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m train.demo
@@ -25,6 +26,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+# Without the virtual environment: such a machine has its own torch, and may have no network.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 $(INSTALLED): $(BUILD_INPUTS)
 	$(PYTHON) -m venv $(VENV)

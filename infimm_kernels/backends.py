@@ -18,7 +18,8 @@ from torch import Tensor
 
 NAMES = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "INFIMM_BACKEND"
-REFERENCE_BACKWARD = "backward uses the reference formula on the same device"
+REFERENCE_BACKWARD = "the reference's formula on the same device"
+ATTENTION_BACKWARD = "float32: the reference's formula on the same device"
 
 
 class Candidate(NamedTuple):
@@ -42,7 +43,9 @@ class Availability(NamedTuple):
 class AotConfig(NamedTuple):
     """One shipped configuration of a Triton kernel, as ahead-of-time compilation needs it.
 
-    signature: Triton's type of every argument that is not a constexpr; capability: the GPU's, e.g. (9, 0).
+    signature: Triton's type of every argument that is not a constexpr; capability: the GPU's, e.g. (9, 0);
+    direction: "fwd" or "bwd"; default: whether it serves a call that asks for nothing special, in attention
+    one with equal windows; head_dim: 0 where there are no heads; dtype: "bf16", "fp16" or "fp32".
     """
 
     kernel: Any
@@ -52,6 +55,10 @@ class AotConfig(NamedTuple):
     num_warps: int
     num_stages: int
     capability: tuple[int, int]
+    direction: str = "fwd"
+    default: bool = True
+    head_dim: int = 0
+    dtype: str = "bf16"
 
 
 def check(backend: object) -> None:
@@ -103,6 +110,12 @@ def why_not_triton_here() -> str | None:
     return None if importlib.util.find_spec("triton") is not None else "the triton package is not installed"
 
 
+@functools.lru_cache(maxsize=32)  # asked by every call, and PyTorch takes microseconds for it
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, e.g. (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
 def why_not_triton(*tensors: Tensor) -> str | None:
     """The conditions common to every Triton kernel here: the package, the device, the dtype."""
     reason = why_not_triton_here()
@@ -113,13 +126,8 @@ def why_not_triton(*tensors: Tensor) -> str | None:
         return (
             "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 set before the first import of triton)"
         )
-    if (
-        x.device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) < (8, 0)
-    ):
-        has = torch.cuda.get_device_capability(x.device)
-        return f"needs compute capability 8.0 or newer, {x.device} has {has}"
+    if x.is_cuda and torch.version.hip is None and capability(x.device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, {x.device} has {capability(x.device)}"
     for y in tensors:
         if y.dtype == torch.float64:
             return "float64 is not supported"
@@ -133,8 +141,8 @@ def availability() -> list[Availability]:
     from infimm_kernels.position_2d.op import CANDIDATES as POSITION_CANDIDATES
 
     ops = (
-        ("varlen_attention", VARLEN_CANDIDATES, ((8, 1, 64),) * 3, REFERENCE_BACKWARD),
-        ("window_attention", WINDOW_CANDIDATES, ((1, 8, 3, 1, 64),), REFERENCE_BACKWARD),
+        ("varlen_attention", VARLEN_CANDIDATES, ((8, 1, 64),) * 3, ATTENTION_BACKWARD),
+        ("window_attention", WINDOW_CANDIDATES, ((1, 8, 3, 1, 64),), ATTENTION_BACKWARD),
         ("add_position_2d", POSITION_CANDIDATES, ((1, 8, 64),), "backward is the identity"),
         (
             "gated_residual_projection",

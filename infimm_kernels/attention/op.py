@@ -44,7 +44,8 @@ def varlen_attention(
             GPU.
         max_seqlen_q, max_seqlen_k: length of the longest segment, in tokens; a hint, never needed, checked on
             the CPU.
-        num_prefix_tokens: 0 to 8; how many leading tokens of each segment are special (CLS). A hint: the
+        num_prefix_tokens: 0 to 8; how many leading tokens of each segment, of queries and of keys, are
+            special (CLS). A hint, for speed where the tokens behind them fill whole tiles (1 + 1024): the
             result is the same for every value.
         softmax_scale: head_dim**-0.5 when None.
         return_lse: also return the logsumexp, float32 (float64 for float64) [num_heads, total_q]. It is
@@ -54,10 +55,11 @@ def varlen_attention(
     Returns:
         out [total_q, num_heads, head_dim] in the dtype of q, or (out, lse).
 
-    The backward is the reference's formula on the same device, whatever ran the forward; on a GPU it reads
-    cu_seqlens and so waits for the device. Under autocast q, k and v are cast to its dtype. Forward-mode AD
-    and torch.func transforms run a plain PyTorch version whose memory grows with total_q * total_k; the
-    backward of the backward does too.
+    The Triton backward adds up dq with atomics, so its last bits differ from run to run; under
+    ``torch.use_deterministic_algorithms`` another kernel computes it, slower and always the same. float32
+    goes back through the reference's formula, which on a GPU reads cu_seqlens and so waits for the device.
+    Under autocast q, k and v are cast to its dtype. Forward-mode AD and torch.func transforms run a plain
+    PyTorch version whose memory grows with total_q * total_k; the backward of the backward does too.
 
     Raises:
         ValueError: an argument breaks a rule above, or the named backend cannot run.
@@ -154,16 +156,18 @@ _library.define(
     " float softmax_scale, int num_prefix_tokens, str? backend) -> (Tensor out, Tensor lse)"
 )
 _library.define(
-    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? dout, Tensor? dlse, Tensor cu_seqlens_q,"
-    " Tensor cu_seqlens_k, float softmax_scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dout,"
+    " Tensor? dlse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, int num_prefix_tokens,"
+    " str? backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 _library.define(
     "window_attention(Tensor qkv, Tensor? cu_seqlens, float softmax_scale, int num_prefix_tokens,"
     " str? backend) -> (Tensor out, Tensor lse)"
 )
 _library.define(
-    "window_attention_backward(Tensor qkv, Tensor? dout, Tensor? dlse, Tensor? cu_seqlens,"
-    " float softmax_scale) -> Tensor dqkv"
+    "window_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor? dout, Tensor? dlse,"
+    " Tensor? cu_seqlens, float softmax_scale, int num_prefix_tokens, str? backend) -> Tensor dqkv"
 )
 
 
@@ -182,13 +186,22 @@ VARLEN_CANDIDATES = (backends.Candidate("triton", why_not_triton),)
 WINDOW_CANDIDATES = (backends.Candidate("triton", why_not_triton),)
 
 
+def backward_backend(op_name: str, candidates, backend: str | None, *tensors: Tensor) -> str:
+    """The backend of the backward: that of the forward, but for float32.
+
+    From a saved lse, rounded at its own size, float32 probabilities would miss the error rule.
+    """
+    selected = backends.select(op_name, candidates, backend, *tensors)
+    return "reference" if tensors[0].dtype == torch.float32 else selected
+
+
 @autodiff.without_autocast
 def _varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, num_prefix_tokens, backend):
     if backends.select("varlen_attention", VARLEN_CANDIDATES, backend, q, k, v) == "triton":
-        from infimm_kernels.attention.triton_forward import launch_varlen_attention
+        from infimm_kernels.attention import triton_launch
 
         _check_readable(cu_seqlens_q, cu_seqlens_k, q, k)
-        return launch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        return triton_launch.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, 0, softmax_scale, num_prefix_tokens)
     return reference.forward(q, k, v, softmax_scale, plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]))
 
 
@@ -196,33 +209,63 @@ def _varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, num_prefi
 def _window_kernel(qkv, cu_seqlens, softmax_scale, num_prefix_tokens, backend):
     q, k, v = _packed(qkv)
     if backends.select("window_attention", WINDOW_CANDIDATES, backend, qkv) == "triton":
-        from infimm_kernels.attention.triton_forward import launch_varlen_attention
+        from infimm_kernels.attention import triton_launch
 
-        if cu_seqlens is None:
-            num_windows, seqlen = qkv.shape[:2]
-            cu_seqlens = torch.arange(num_windows + 1, dtype=torch.int32, device=qkv.device).mul_(seqlen)
-        _check_readable(cu_seqlens, cu_seqlens, q, k, WINDOW_NAMES)
-        out, lse = launch_varlen_attention(q, k, v, cu_seqlens, cu_seqlens, softmax_scale)
+        if cu_seqlens is not None:
+            _check_readable(cu_seqlens, cu_seqlens, q, k, WINDOW_NAMES)
+        out, lse = triton_launch.forward(
+            q, k, v, cu_seqlens, cu_seqlens, _seqlen(qkv), softmax_scale, num_prefix_tokens
+        )
     else:
         out, lse = reference.forward(q, k, v, softmax_scale, _window_plan(qkv, cu_seqlens))
     return out.view(*qkv.shape[:-3], *qkv.shape[-2:]), lse
 
 
 @autodiff.without_autocast
-def _varlen_backward_kernel(q, k, v, dout, dlse, cu_seqlens_q, cu_seqlens_k, softmax_scale):
-    segments = plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+def _varlen_backward_kernel(
+    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, softmax_scale, num_prefix_tokens, backend
+):
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    reference.backward(dout, dlse, q, k, v, softmax_scale, segments, dq, dk, dv)
+    if backward_backend("varlen_attention", VARLEN_CANDIDATES, backend, q, k, v) == "triton":
+        lengths = (cu_seqlens_q, cu_seqlens_k, 0)
+        _triton_backward(q, k, v, out, lse, dout, dlse, lengths, softmax_scale, num_prefix_tokens, dq, dk, dv)
+    else:
+        segments = plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+        reference.backward(dout, dlse, q, k, v, softmax_scale, segments, dq, dk, dv)
     return dq, dk, dv
 
 
 @autodiff.without_autocast
-def _window_backward_kernel(qkv, dout, dlse, cu_seqlens, softmax_scale):
+def _window_backward_kernel(qkv, out, lse, dout, dlse, cu_seqlens, softmax_scale, num_prefix_tokens, backend):
     q, k, v = _packed(qkv)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dq, dk, dv = _packed(dqkv)
     dout = None if dout is None else dout.reshape(q.shape)
-    reference.backward(dout, dlse, q, k, v, softmax_scale, _window_plan(qkv, cu_seqlens), *_packed(dqkv))
+    if backward_backend("window_attention", WINDOW_CANDIDATES, backend, qkv) == "triton":
+        lengths = (cu_seqlens, cu_seqlens, _seqlen(qkv))
+        out = out.reshape(q.shape)
+        _triton_backward(q, k, v, out, lse, dout, dlse, lengths, softmax_scale, num_prefix_tokens, dq, dk, dv)
+    else:
+        reference.backward(dout, dlse, q, k, v, softmax_scale, _window_plan(qkv, cu_seqlens), dq, dk, dv)
     return dqkv
+
+
+def _triton_backward(
+    q, k, v, out, lse, dout, dlse, lengths, softmax_scale, num_prefix_tokens, dq, dk, dv
+) -> None:
+    """lengths: cu_seqlens_q, cu_seqlens_k, seqlen, as `triton_launch` takes them."""
+    from infimm_kernels.attention import triton_launch
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    forward_and_grads = (q, k, v, out, lse, dout, dlse)
+    triton_launch.backward(
+        *forward_and_grads, *lengths, softmax_scale, num_prefix_tokens, deterministic, dq, dk, dv
+    )
+
+
+def _seqlen(qkv: Tensor) -> int:
+    """The length of equal windows; 0 for packed ones."""
+    return qkv.shape[1] if qkv.dim() == 5 else 0
 
 
 def _packed(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,12 +308,14 @@ def _window_fake(qkv, cu_seqlens, softmax_scale, num_prefix_tokens, backend):
 
 
 @torch.library.register_fake("infimm_kernels::varlen_attention_backward", lib=_library)
-def _varlen_backward_fake(q, k, v, dout, dlse, cu_seqlens_q, cu_seqlens_k, softmax_scale):
+def _varlen_backward_fake(
+    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, softmax_scale, num_prefix_tokens, backend
+):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @torch.library.register_fake("infimm_kernels::window_attention_backward", lib=_library)
-def _window_backward_fake(qkv, dout, dlse, cu_seqlens, softmax_scale):
+def _window_backward_fake(qkv, out, lse, dout, dlse, cu_seqlens, softmax_scale, num_prefix_tokens, backend):
     return qkv.new_empty(qkv.shape)
 
 
@@ -300,45 +345,45 @@ def _call_window(*args):
 
 
 def _varlen_setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale = inputs[:6]
-    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
     ctx.set_materialize_grads(False)
 
 
 def _varlen_autograd(ctx, dout, dlse):
-    q, k, v, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 8
     if torch.is_grad_enabled():
 
         def attention(q, k, v):
-            return _varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale)
+            return _varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options)
 
         return *autodiff.differentiable_backward(attention, (q, k, v), (dout, dlse)), *(None,) * 5
     grads = torch.ops.infimm_kernels.varlen_attention_backward.default(
-        q, k, v, dout, dlse, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale
+        q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options
     )
     return *grads, *(None,) * 5
 
 
 def _window_setup_context(ctx, inputs, output):
-    qkv, cu_seqlens, ctx.softmax_scale = inputs[:3]
-    ctx.save_for_backward(qkv, cu_seqlens)
+    qkv, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _window_autograd(ctx, dout, dlse):
-    qkv, cu_seqlens = ctx.saved_tensors
+    qkv, out, lse, cu_seqlens = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 5
     if torch.is_grad_enabled():
 
         def attention(qkv):
-            return _window_reference(qkv, cu_seqlens, ctx.softmax_scale)
+            return _window_reference(qkv, cu_seqlens, *ctx.options)
 
         return *autodiff.differentiable_backward(attention, (qkv,), (dout, dlse)), *(None,) * 4
     dqkv = torch.ops.infimm_kernels.window_attention_backward.default(
-        qkv, dout, dlse, cu_seqlens, ctx.softmax_scale
+        qkv, out, lse, dout, dlse, cu_seqlens, *ctx.options
     )
     return dqkv, *(None,) * 4
 

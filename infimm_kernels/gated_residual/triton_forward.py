@@ -196,4 +196,5 @@ def aot_configs() -> Iterator[AotConfig]:
                     tile.num_warps,
                     tile.num_stages,
                     capability,
+                    dtype=branch,
                 )

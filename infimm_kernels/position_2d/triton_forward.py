@@ -185,4 +185,13 @@ def aot_configs() -> Iterator[AotConfig]:
                 }
                 constexprs = {"PER_TOKEN": per_token, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C}
                 name = f"add_position per_token={per_token} {pointer[1:]}"
-                yield AotConfig(add_position_kernel, name, signature, constexprs, NUM_WARPS, 3, capability)
+                yield AotConfig(
+                    add_position_kernel,
+                    name,
+                    signature,
+                    constexprs,
+                    NUM_WARPS,
+                    3,
+                    capability,
+                    dtype=pointer[1:],
+                )

@@ -125,7 +125,7 @@ def test_availability_has_a_line_for_every_op_backend_and_direction():
     }
     assert all(row.reason is None for row in rows if row.backend == "reference")
     notes = {row.op: row.note for row in rows if row.backend == "triton" and row.direction == "backward"}
-    assert notes["varlen_attention"] == "backward uses the reference formula on the same device"
+    assert notes["varlen_attention"] == "float32: the reference's formula on the same device"
     if not torch.cuda.is_available():
         assert all(row.reason for row in rows if row.backend != "reference")
 

@@ -77,13 +77,23 @@ def registered_calls():
     mixed = gated_inputs((2, 4), dtype=(torch.float32, torch.bfloat16, torch.float32))
     dout, dlse = torch.randn(9, 2, 8).double(), torch.randn(2, 9).double()
     plain = [t.detach() for t in (q, k, v)]
+    results = [torch.randn(9, 2, 8).double(), torch.randn(2, 9).double()]
     return {
         "varlen": (ops.varlen_attention, (q, k, v, cu_q, cu_k, 0.3, 0, None)),
-        "varlen backward": (ops.varlen_attention_backward, (*plain, dout, None, cu_q, cu_k, 0.3)),
-        "varlen lse backward": (ops.varlen_attention_backward, (*plain, dout, dlse, cu_q, cu_k, 0.3)),
+        "varlen backward": (
+            ops.varlen_attention_backward,
+            (*plain, *results, dout, None, cu_q, cu_k, 0.3, 0, None),
+        ),
+        "varlen lse backward": (
+            ops.varlen_attention_backward,
+            (*plain, *results, dout, dlse, cu_q, cu_k, 0.3, 1, None),
+        ),
         "window": (ops.window_attention, (qkv, None, 0.3, 1, None)),
         "packed window": (ops.window_attention, (packed, cu, 0.3, 1, "reference")),
-        "window backward": (ops.window_attention_backward, (packed.detach(), dout, None, cu, 0.3)),
+        "window backward": (
+            ops.window_attention_backward,
+            (packed.detach(), *results, dout, None, cu, 0.3, 1, None),
+        ),
         "position": (ops.add_position_2d, (position().inputs[0], POSITIONS, "token", 2, 2, 1, None)),
         "gated": (ops.gated_residual_projection, (x, o, weight, gate, ROW_MASK, None)),
         "gated, no mask": (ops.gated_residual_projection, (x, o, weight, gate, None, None)),

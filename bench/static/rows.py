@@ -1,0 +1,199 @@
+"""Compile and read everything that is shipped, and make the ledger's rows of it."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from bench.static import compile as aot
+from bench.static import work
+from bench.static.measure import Figures, measure, measure_cuda
+
+SHARDS = 8  # of every module: small enough to keep all processes busy
+ARCHS = {(8, 0): (80,), (9, 0): (90, 100)}  # sm_100 takes the configurations of sm_90, for information
+INFORMATION = (100,)
+CUDA_ARCHS = {80: "80", 90: "90a"}
+CUDA_SOURCES = ("csrc/add_position_2d.cu",)
+CUDA_THREADS = {"add_position_2d_kernel": 256}
+
+
+class Measured(NamedTuple):
+    """A configuration on one architecture; `figures` is a sentence where it does not compile."""
+
+    kernel: str
+    backend: str
+    config: str
+    direction: str
+    default: bool
+    head_dim: int
+    tile: dict[str, object]
+    num_warps: int
+    num_stages: int
+    arch: int
+    figures: Figures | str
+
+
+class Ledger(NamedTuple):
+    """rows: of what compiled; findings: of what did not, or could not be read; remarks: what is left out."""
+
+    rows: list[dict]
+    findings: list[str]
+    remarks: list[str]
+
+
+def collect() -> Ledger:
+    """Everything shipped, compiled and read in two processes."""
+    shards = [(module, shard, SHARDS) for module in aot.modules() for shard in range(SHARDS)]
+    measured = [each for part in aot.in_processes(measure_shard, shards) for each in part]
+    remarks = []
+    if aot.find_nvcc() is None:
+        remarks.append(f"no nvcc through CUDA_HOME or PATH: no rows for {', '.join(CUDA_SOURCES)}")
+    else:
+        parts = aot.in_processes(measure_cuda_sources, [(arch,) for arch in CUDA_ARCHS])
+        measured += [each for part in parts for each in part]
+    return ledger_of(measured, remarks)
+
+
+def measure_shard(module: str, shard: int, shards: int) -> list[Measured]:
+    """Every shards-th bf16 configuration of a module; needs a process for compiling."""
+    configs = [config for config in aot.shipped(module) if config.dtype == "bf16"]
+    return measure_configs(configs[shard::shards])
+
+
+def measure_configs(configs: Iterable) -> list[Measured]:
+    measured = []
+    for config in configs:
+        for arch in ARCHS.get(config.capability, ()):
+            if arch not in INFORMATION or (config.default and config.kernel.__name__ in work.ATTENTION):
+                measured.append(_measure_one(config, arch))
+    return measured
+
+
+def _measure_one(config, arch: int) -> Measured:
+    try:
+        figures = measure(config, arch)
+    except Exception as error:  # a compiler may refuse in any way: the ledger says so and goes on
+        figures = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return Measured(
+        kernel=config.kernel.__name__,
+        backend="triton",
+        config=config.name,
+        direction=config.direction,
+        default=config.default,
+        head_dim=config.head_dim,
+        tile={name: value for name, value in config.constexprs.items() if _plain(value)},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        arch=arch,
+        figures=figures,
+    )
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, int | str) or (isinstance(value, tuple) and all(map(_plain, value)))
+
+
+def measure_cuda_sources(arch: int) -> list[Measured]:
+    """The bf16 kernels of csrc, as setup.py's flags make them; needs nvcc."""
+    nvcc = aot.find_nvcc()
+    ptxas = aot.release(nvcc)
+    kernels = [
+        kernel for s in CUDA_SOURCES for kernel in aot.compile_cuda(aot.ROOT / s, CUDA_ARCHS[arch], nvcc)
+    ]
+    return [
+        Measured(
+            kernel=kernel.name,
+            backend="cuda",
+            config=f"{kernel.name.removesuffix('_kernel')} bf16 template={kernel.template}",
+            direction="fwd",
+            default=False,
+            head_dim=0,
+            tile={},
+            num_warps=CUDA_THREADS[kernel.name] // 32,
+            num_stages=1,
+            arch=arch,
+            figures=measure_cuda(kernel, CUDA_THREADS[kernel.name], arch, ptxas),
+        )
+        for kernel in kernels
+    ]
+
+
+def ledger_of(measured: Sequence[Measured], remarks: Sequence[str] = ()) -> Ledger:
+    """The rows, and what is wrong with kernels that did not compile or whose work is not understood."""
+    ledger = Ledger([], [], list(remarks))
+    for each in measured:
+        # What is compiled for information cannot fail.
+        wrong = ledger.remarks if each.arch in INFORMATION else ledger.findings
+        where = f"{each.config} [{each.kernel}, sm_{each.arch}]"
+        if isinstance(each.figures, str):
+            wrong.append(f"{where} does not compile: {each.figures}")
+            continue
+        try:
+            ledger.rows.extend(_rows(each, measured))
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
+    return ledger
+
+
+def _rows(each: Measured, measured: Sequence[Measured]) -> list[dict]:
+    if each.kernel not in work.ATTENTION:
+        return [_row(each, work.INNER.get(each.kernel, 0), 0, *_other_ratio(each))]
+    problems = work.problems(each.head_dim, each.tile["NUM_PREFIX"])
+    return [_row(each, p.head_dim, p.seqlen, *_attention_ratio(each, p, measured)) for p in problems]
+
+
+def _attention_ratio(
+    each: Measured, problem: work.Problem, measured: Sequence[Measured]
+) -> tuple[float, str]:
+    """Useful over issued of the whole pass that `each` is a part of."""
+    total, sources = 0.0, set()
+    for part in work.parts_of_pass(each.kernel, each.tile, problem):
+        serving = [
+            other
+            for other in [each, *measured]
+            if (other.kernel, other.arch, other.head_dim) == (part.kernel, each.arch, each.head_dim)
+            and part.matches(other.tile)
+            and work.ATTENTION[other.kernel](other.tile, problem) is not None
+            and not isinstance(other.figures, str)
+        ]
+        if not serving:
+            raise ValueError(f"no configuration of {part.kernel} completes the pass at {problem}")
+        issued = work.issued_macs(
+            work.ATTENTION[part.kernel](serving[0].tile, problem),
+            serving[0].figures.regions,
+            serving[0].num_warps,
+        )
+        total += issued.macs
+        sources.add(issued.source)
+    counted = sorted(sources - {work.NO_MATRIX_WORK}) or [work.NO_MATRIX_WORK]
+    return work.useful_macs(each.direction, problem) / total, ", ".join(counted)
+
+
+def _other_ratio(each: Measured) -> tuple[float, str]:
+    if each.kernel in work.MATRIX_PRODUCTS:
+        tiles = work.MATRIX_PRODUCTS[each.kernel](each.tile)
+        issued = work.issued_macs(tiles, each.figures.regions, each.num_warps)
+        return work.GATED_USEFUL / issued.macs, issued.source
+    if each.kernel not in work.MEMORY_BOUND:
+        raise ValueError("bench/static/work.py must say how much matrix work this kernel does")
+    if each.figures.regions:
+        raise ValueError(f"a memory-bound kernel must have no matrix instructions, got {each.figures.mma}")
+    return 1.0, work.NO_MATRIX_WORK
+
+
+def _row(each: Measured, head_dim: int, seqlen: int, ratio: float, source: str) -> dict:
+    figures = each.figures._asdict()
+    del figures["regions"]
+    return {
+        "kernel": each.kernel,
+        "backend": each.backend,
+        "pass": each.direction,
+        "arch": f"sm_{each.arch}",
+        "default": each.default,
+        "head_dim": head_dim,
+        "seqlen": seqlen,
+        "useful_over_issued": round(ratio, 4),
+        "work_from": source,
+        "config": each.config,
+        "gated": each.kernel in work.ATTENTION,
+        "num_warps": each.num_warps,
+        "num_stages": each.num_stages,
+    } | figures

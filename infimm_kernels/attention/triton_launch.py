@@ -1,0 +1,480 @@
+"""Tile sizes of the attention kernels, and the launches of a forward and of a backward.
+
+No launch waits for the GPU or needs a length of a segment: `Grid` counts tokens and segments alone.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from infimm_kernels import backends
+from infimm_kernels.attention.triton_backward import attention_backward_dq_kernel, attention_backward_kernel
+from infimm_kernels.attention.triton_backward_sums import (
+    attention_backward_finish_kernel,
+    attention_backward_prepare_kernel,
+)
+from infimm_kernels.attention.triton_forward import attention_forward_kernel
+from infimm_kernels.backends import AotConfig
+from infimm_kernels.checks import unit_last_stride
+
+MAX_TILE_ROWS = 128
+ROWS = 64  # of a tile in the prepare and finish kernels
+
+
+class ForwardConfig(NamedTuple):
+    pieces: tuple[int, ...]
+    block_m: int
+    block_n: int
+    prefix_block_n: int  # tile of keys in the program that has the prefix queries too
+    num_warps: int
+    num_stages: int
+
+
+class BackwardConfig(NamedTuple):
+    pieces: tuple[int, ...]
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class BackwardConfigs(NamedTuple):
+    """Tiles of the kernel that adds up dq with atomics, and of the two of the deterministic mode."""
+
+    fused: BackwardConfig
+    dkdv: BackwardConfig
+    dq: BackwardConfig
+
+
+class Grid(NamedTuple):
+    """The tiles of the queries, or of the keys, of all segments, with the cu_seqlens of that side first.
+
+    Without cu_seqlens every segment has `seqlen` tokens and `num_tiles` tiles.
+    """
+
+    cu_seqlens: Tensor | None
+    other_cu_seqlens: Tensor | None
+    seqlen: int
+    num_segments: int
+    num_tiles: int
+    num_slots: int
+
+
+@functools.lru_cache(maxsize=256)
+def forward_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> ForwardConfig:
+    """The tiles for a GPU of this compute capability, chosen by the ledger; their speed is not measured."""
+    if dtype == torch.float32:
+        # Exact float32 products run outside the tensor cores; larger tiles spill by the kilobyte.
+        widths = pieces(head_dim, exact=False)
+        tiles = {16: (64, 32, 4), 32: (64, 32, 4), 64: (64, 32, 8), 128: (16, 32, 4)}
+        block_m, block_n, num_warps = tiles.get(widths[0], (16, 16, 4))
+        return ForwardConfig(widths, block_m, block_n, block_n, num_warps, 1)
+    if head_dim > 128:
+        return ForwardConfig(pieces(head_dim, exact=False), 64, 32, 32, 4, 1)
+    if capability[0] in (9, 10):  # the GPUs with more than 200 KB of shared memory
+        return ForwardConfig(pieces(head_dim, exact=False), 128, 128, 64, 8, 2)
+    return ForwardConfig(pieces(head_dim, exact=True), 128, 64, 32, 8, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def backward_config(head_dim: int, capability: tuple[int, int]) -> BackwardConfigs:
+    """As `forward_config`; float32 has no backward here."""
+    if head_dim > 128:
+        widths = pieces(head_dim, exact=False)
+        return BackwardConfigs(*(BackwardConfig(widths, 32, 32, 4, 1),) * 3)
+    large = capability[0] in (9, 10)
+    widths = pieces(head_dim, exact=not large)
+    dq = BackwardConfig(widths, 128, 64, 8, 2)
+    if head_dim <= 64:
+        return BackwardConfigs(*(BackwardConfig(widths, 64, 128, 8, 2),) * 2, dq)
+    if large:
+        fused, dkdv = (64, 128, 8, 1), (64, 128, 8, 2)
+    else:
+        fused, dkdv = (32, 64, 4, 2), (32, 128, 8, 2)
+    return BackwardConfigs(BackwardConfig(widths, *fused), BackwardConfig(widths, *dkdv), dq)
+
+
+def pieces(head_dim: int, exact: bool) -> tuple[int, ...]:
+    """Widths of the pieces, powers of two from 16 on: one that covers head_dim or, where `exact`, up to three
+    that round it up to a multiple of 16."""
+    left = -(-head_dim // 16) * 16
+    widths = []
+    while left:
+        widths.append(1 << (left.bit_length() - 1))
+        left -= widths[-1]
+    return tuple(widths) if exact and len(widths) <= 3 else (max(16, triton.next_power_of_2(head_dim)),)
+
+
+def fused_scale(dtype: torch.dtype, softmax_scale: float) -> bool:
+    """FUSED_SCALE of the kernels."""
+    return softmax_scale > 0 and dtype != torch.float32
+
+
+def whole_tiles(seqlen: int, num_prefix_tokens: int, block: int) -> bool:
+    """EVEN_Q, EVEN_K: whether equal segments are whole tiles behind their prefix, at least one."""
+    rest = seqlen - num_prefix_tokens
+    return rest > 0 and rest % block == 0
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlen: int,
+    softmax_scale: float,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """q [total_q, num_heads, head_dim], k v [total_k, num_kv_heads, head_dim] -> out, lse [heads, total_q].
+
+    Without cu_seqlens all segments have `seqlen` tokens; with them seqlen is 0.
+    """
+    total_q, num_heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
+    tile = forward_config(head_dim, q.dtype, _capability(q))
+    slots = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, num_prefix_tokens, tile.block_m)
+    if total_q == 0 or slots.num_segments == 0:
+        return out, lse
+    q, k, v = _near(q), _near(k), _near(v)
+    with torch.cuda.device_of(q):
+        attention_forward_kernel[slots.num_slots, num_heads](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            slots.cu_seqlens,
+            slots.other_cu_seqlens,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            out.stride(0),
+            total_q,
+            k.shape[0],
+            slots.num_segments,
+            seqlen,
+            slots.num_tiles,
+            softmax_scale,
+            **_forward_options(
+                tile,
+                num_heads // k.shape[1],
+                num_prefix_tokens,
+                head_dim,
+                seqlen,
+                fused_scale(q.dtype, softmax_scale),
+            ),
+        )
+    return out, lse
+
+
+@functools.lru_cache(maxsize=256)  # half of the time of a launch would go into making it
+def _forward_options(
+    tile: ForwardConfig, group: int, num_prefix_tokens: int, head_dim: int, seqlen: int, fused: bool
+) -> dict[str, object]:
+    return {
+        "HEADS_PER_KV_HEAD": group,
+        "NUM_PREFIX": num_prefix_tokens,
+        "HEAD_DIM": head_dim,
+        "PIECES": tile.pieces,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "PREFIX_BLOCK_N": tile.prefix_block_n,
+        "EVEN_Q": whole_tiles(seqlen, num_prefix_tokens, tile.block_m),
+        "EVEN_K": whole_tiles(seqlen, num_prefix_tokens, tile.block_n),
+        "FUSED_SCALE": fused,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlen: int,
+    softmax_scale: float,
+    num_prefix_tokens: int,
+    deterministic: bool,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Write the gradients into dq, dk and dv: the shapes of q, k and v, any strides with a unit last one.
+
+    out, lse: the results of the forward, float16 or bfloat16 and float32; dlse: float32 [num_heads, total_q]
+    or None. cu_seqlens and seqlen as in `forward`.
+    """
+    total_q, num_heads, head_dim = q.shape
+    total_k, num_kv_heads = k.shape[:2]
+    rows = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, 0, ROWS)
+    if total_q == 0 or total_k == 0 or rows.num_segments == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    q, k, v, out = _near(q), _near(k), _near(v), _near(out)
+    dout = torch.zeros_like(out) if dout is None else _near(unit_last_stride(dout))
+    dlse = None if dlse is None else dlse.contiguous()
+    configs = backward_config(head_dim, _capability(q))
+
+    def workspace(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    delta = workspace(num_heads, total_q)
+    dq_sum = prefix_sum = None
+    if num_prefix_tokens or not deterministic:
+        dq_sum = workspace(total_q, num_heads, head_dim)
+    if num_prefix_tokens:
+        prefix_sum = workspace(rows.num_slots, num_heads, num_prefix_tokens, 2, head_dim)
+
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
+    problem = {
+        "HEADS_PER_KV_HEAD": num_heads // num_kv_heads,
+        "NUM_PREFIX": num_prefix_tokens,
+        "HEAD_DIM": head_dim,
+    }
+    scale_in = {"FUSED_SCALE": fused_scale(q.dtype, softmax_scale)}
+
+    def sizes(grid: Grid) -> tuple[int | float, ...]:
+        return total_q, total_k, grid.num_segments, seqlen, grid.num_tiles, softmax_scale
+
+    def tiles(config: BackwardConfig) -> dict[str, object]:
+        block = {"PIECES": config.pieces, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return block | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+    with torch.cuda.device_of(q):
+        attention_backward_prepare_kernel[rows.num_slots, num_heads](
+            *(q, k, v, out, dout, lse, dlse, delta, dq_sum, prefix_sum),
+            *(rows.cu_seqlens, rows.other_cu_seqlens),
+            *strides,
+            *out.stride()[:2],
+            *sizes(rows),
+            **problem,
+            **scale_in,
+            PIECES=configs.fused.pieces,
+            BLOCK_M=ROWS,
+            num_warps=8,
+        )
+        config = configs.dkdv if deterministic else configs.fused
+        slots = _grid(cu_seqlens_k, cu_seqlens_q, total_k, seqlen, num_prefix_tokens, config.block_n)
+        attention_backward_kernel[slots.num_slots, num_kv_heads](
+            *(q, k, v, dout, lse, delta, None if deterministic else dq_sum, dk, dv),
+            *(slots.other_cu_seqlens, slots.cu_seqlens),
+            *strides[1::2],
+            *dk.stride()[:2],
+            *dv.stride()[:2],
+            *sizes(slots),
+            NUM_HEADS=num_heads,
+            STRIDE_Q=q.stride(0),
+            STRIDE_K=k.stride(0),
+            STRIDE_V=v.stride(0),
+            STRIDE_DOUT=dout.stride(0),
+            EVEN_Q=whole_tiles(seqlen, num_prefix_tokens, config.block_m),
+            EVEN_K=whole_tiles(seqlen, num_prefix_tokens, config.block_n),
+            WITH_DQ=not deterministic,
+            **problem,
+            **scale_in,
+            **tiles(config),
+        )
+        if deterministic:
+            config = configs.dq
+            slots = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, 0, config.block_m)
+            attention_backward_dq_kernel[slots.num_slots, num_heads](
+                *(q, k, v, dout, lse, delta, dq_sum, dq),
+                *(slots.cu_seqlens, slots.other_cu_seqlens),
+                *strides,
+                *dq.stride()[:2],
+                *sizes(slots),
+                EVEN_K=whole_tiles(seqlen, num_prefix_tokens, config.block_n),
+                **problem,
+                **scale_in,
+                **tiles(config),
+            )
+        if dq_sum is not None:
+            attention_backward_finish_kernel[rows.num_slots, num_heads](
+                *(dq_sum, prefix_sum, dq, dk, dv, rows.cu_seqlens, rows.other_cu_seqlens),
+                *dq.stride()[:2],
+                *dk.stride()[:2],
+                *dv.stride()[:2],
+                *sizes(rows),
+                **problem,
+                PIECES=configs.fused.pieces,
+                BLOCK_M=ROWS,
+                WITH_DQ=not deterministic,
+                num_warps=4,
+            )
+
+
+def _grid(
+    cu_seqlens: Tensor | None,
+    other_cu_seqlens: Tensor | None,
+    total: int,
+    seqlen: int,
+    num_prefix_tokens: int,
+    block: int,
+) -> Grid:
+    """Tiles of `block` of the `total` tokens of one side, behind num_prefix_tokens of each segment."""
+    if cu_seqlens is None:
+        num_segments = total // seqlen if seqlen else 0
+        num_tiles = max(1, -(-(seqlen - num_prefix_tokens) // block))
+        return Grid(None, None, seqlen, num_segments, num_tiles, num_segments * num_tiles)
+    num_segments = cu_seqlens.shape[0] - 1
+    num_slots = total // block + num_segments
+    return Grid(cu_seqlens.contiguous(), other_cu_seqlens.contiguous(), 0, num_segments, 0, num_slots)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability; in the interpreter an A100's."""
+    return backends.capability(x.device) if x.is_cuda else (8, 0)
+
+
+def _near(x: Tensor) -> Tensor:
+    """`x`, copied where rows of one tile lie 2^31 elements apart: offsets within a tile are 32-bit."""
+    return x if abs(x.stride(0)) * MAX_TILE_ROWS < 2**31 else x.contiguous()
+
+
+# --- ahead of time ------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A kind of call whose kernels are compiled ahead of time; `even`: equal windows of whole tiles."""
+
+    head_dim: int
+    num_prefix_tokens: int
+    even: bool
+    dtype: str = "bf16"
+    heads_per_kv_head: int = 1
+    negative_scale: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"head_dim={self.head_dim}", f"prefix={self.num_prefix_tokens}", self.dtype]
+        parts.append("even" if self.even else "ragged")
+        if self.heads_per_kv_head > 1:
+            parts.append(f"group={self.heads_per_kv_head}")
+        return " ".join(parts + ["negative_scale"] * self.negative_scale)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The windows of ViT-E (448 and 224 pixels), of ViTs with 64 channels a head, and the text of an LLM.
+DEFAULT_CASES = (Case(112, 1, True), Case(64, 0, True))
+CASES = (
+    *DEFAULT_CASES,
+    *(Case(head_dim, 1, False) for head_dim in (64, 72, 80, 88, 96, 104, 112, 128)),
+    *(Case(head_dim, 0, False) for head_dim in (16, 64, 112, 256)),
+    *(Case(112, 5, even) for even in (True, False)),
+    Case(64, 0, False, heads_per_kv_head=4),
+    Case(112, 1, False, "fp16"),
+    Case(112, 1, False, negative_scale=True),
+    *(Case(head_dim, 0, False, "fp32") for head_dim in (16, 64, 128, 256)),
+    Case(112, 1, False, "fp32"),
+)
+
+
+def aot_configs() -> Iterator[AotConfig]:
+    """The kernels of every kind of call, forward, backward and deterministic backward, per architecture."""
+    for capability in ((8, 0), (9, 0)):
+        for case in CASES:
+            yield from _forward_configs(case, capability)
+            if case.dtype != "fp32":
+                yield from _backward_configs(case, capability, deterministic=False)
+                if case.head_dim in (64, 112):
+                    yield from _backward_configs(case, capability, deterministic=True)
+
+
+def _forward_configs(case: Case, capability: tuple[int, int]) -> Iterator[AotConfig]:
+    tile = forward_config(case.head_dim, DTYPES[case.dtype], capability)
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PREFIX_BLOCK_N": tile.prefix_block_n}
+    yield _aot_config(attention_forward_kernel, "fwd", case, capability, tile, blocks)
+
+
+def _backward_configs(case: Case, capability: tuple[int, int], deterministic: bool) -> Iterator[AotConfig]:
+    configs = backward_config(case.head_dim, capability)
+    rows = BackwardConfig(configs.fused.pieces, ROWS, 0, 8, 3)
+    main = configs.dkdv if deterministic else configs.fused
+    with_dq = {"WITH_DQ": not deterministic}
+    absent = ["dlse_ptr"] + ["prefix_sum_ptr"] * (not case.num_prefix_tokens)
+    if deterministic:
+        without_sum = [] if case.num_prefix_tokens else ["dq_sum_ptr"]
+        kernels = [
+            (attention_backward_kernel, main, with_dq, ["dq_sum_ptr"]),
+            (attention_backward_dq_kernel, configs.dq, {}, without_sum),
+        ]
+        if without_sum:
+            kernels.append((attention_backward_prepare_kernel, rows, {}, absent + without_sum))
+        else:
+            kernels.append((attention_backward_finish_kernel, rows._replace(num_warps=4), with_dq, []))
+    else:
+        kernels = [
+            (attention_backward_prepare_kernel, rows, {}, absent),
+            (attention_backward_kernel, main, with_dq, []),
+            (attention_backward_finish_kernel, rows._replace(num_warps=4), with_dq, absent),
+        ]
+    for kernel, config, options, none in kernels:
+        blocks = options | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        direction = "bwd deterministic" if deterministic else "bwd"
+        yield _aot_config(kernel, direction, case, capability, config, blocks, none)
+
+
+def _aot_config(
+    kernel: Any,
+    direction: str,
+    case: Case,
+    capability: tuple[int, int],
+    config: ForwardConfig | BackwardConfig,
+    options: dict[str, object],
+    absent: list[str] = (),
+) -> AotConfig:
+    """`kernel` as a call of this kind launches it; `absent` arguments are None."""
+    heads = 16
+    constexprs = options | {
+        "HEADS_PER_KV_HEAD": case.heads_per_kv_head,
+        "NUM_HEADS": heads,
+        "NUM_PREFIX": case.num_prefix_tokens,
+        "HEAD_DIM": case.head_dim,
+        "PIECES": config.pieces,
+        "EVEN_Q": case.even,
+        "EVEN_K": case.even,
+        "FUSED_SCALE": fused_scale(DTYPES[case.dtype], -1.0 if case.negative_scale else 1.0),
+        "STRIDE_DOUT": heads * case.head_dim,
+    }
+    constexprs |= {f"STRIDE_{name}": 3 * heads * case.head_dim for name in "QKV"}
+    absent = [*absent, *(["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"] if case.even else [])]
+    constexprs |= dict.fromkeys(absent)
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name.startswith("cu_seqlens"):
+            signature[name] = "*i32"
+        elif name in ("lse_ptr", "dlse_ptr", "delta_ptr", "dq_sum_ptr", "prefix_sum_ptr"):
+            signature[name] = "*fp32"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{case.dtype}"
+        else:
+            signature[name] = "fp32" if name == "softmax_scale" else "i32"
+    label = kernel.__name__.removeprefix("attention_").removesuffix("_kernel")
+    return AotConfig(
+        kernel,
+        f"{direction} {label} {case}",
+        signature,
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        capability,
+        direction[:3],
+        case in DEFAULT_CASES and "deterministic" not in direction,
+        case.head_dim,
+        case.dtype,
+    )
