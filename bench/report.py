@@ -32,6 +32,8 @@ SECTIONS = {
     "other_ops": "The other ops",
     "host": "Host time of a forward call, from Python's call to its return",
 }
+UNMEASURED = "No speed was measured on any GPU: A100, H100 and H200 are unmeasured."
+UNMEASURED_A100 = "No speed was measured on an A100."
 RATIO = (
     "A figure with x is the time of that implementation over ours in the same run: above 1, ours is faster."
 )
@@ -253,12 +255,12 @@ def readme_block(folder: Path = RESULTS, ledger: Path = LEDGER) -> str:
     else:
         lines += _ledger_table(ledger)
     if not any("A100" in gpu for gpu in newest):
-        lines += ["No speed was measured on an A100." if newest else "No speed was measured on any GPU.", ""]
+        lines += [UNMEASURED_A100 if newest else UNMEASURED, ""]
     return "\n".join(lines)
 
 
 def _ledger_table(path: Path) -> list[str]:
-    """Ours and the rivals at the ViT's shape, one line for each kernel that runs by default."""
+    """Ours and the rivals at the ViT's shape: of each pass the kernel with the matrix work."""
     shown = [
         row
         for row in json.loads(path.read_text())
@@ -270,14 +272,12 @@ def _ledger_table(path: Path) -> list[str]:
         for row in shown
         if "rival" in row
     }
-    own = [row for row in shown if "rival" not in row and row["default"]]
-    rows = [["kernel", "pass", "arch", "ours", *rivals, "registers", "spills in loop", "shared memory"]]
+    own = [row for row in shown if "rival" not in row and row["default"] and row["mma"] != "none"]
+    rows = [["pass", "arch", "ours", *rivals, "registers", "spills in loop", "shared memory"]]
     for row in sorted(own, key=lambda row: (row["pass"] == "bwd", row["arch"], row["kernel"])):
         at = [share.get((rival, row["arch"], row["pass"]), "-") for rival in rivals]
         resources = [str(row[key]) for key in ("registers", "spills_in_loop", "shared_memory")]
-        rows.append(
-            [row["kernel"], row["pass"], row["arch"], f"{row['useful_over_issued']:.3f}", *at, *resources]
-        )
+        rows.append([row["pass"], row["arch"], f"{row['useful_over_issued']:.3f}", *at, *resources])
     compilers = sorted({f"Triton {row['triton']} and ptxas {row['ptxas']}" for row in own})
     return [
         "Useful share of the matrix work that a kernel issues for a window of 1025 tokens and head_dim 112,",

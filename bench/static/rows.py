@@ -8,7 +8,7 @@ from bench.static import work
 from bench.static.measure import Figures, measure, measure_cuda
 
 SHARDS = 8  # of every module: small enough to keep all processes busy
-ARCHS = {(8, 0): (80,), (9, 0): (90, 100)}  # sm_100 takes the configurations of sm_90, for information
+ARCHS = {(8, 0): 80, (9, 0): 90, (10, 0): 100}
 INFORMATION = (100,)
 CUDA_ARCHS = {80: "80", 90: "90a"}
 CUDA_SOURCES = ("csrc/add_position_2d.cu",)
@@ -61,9 +61,8 @@ def measure_shard(module: str, shard: int, shards: int) -> list[Measured]:
 def measure_configs(configs: Iterable) -> list[Measured]:
     measured = []
     for config in configs:
-        for arch in ARCHS.get(config.capability, ()):
-            if arch not in INFORMATION or (config.default and config.kernel.__name__ in work.ATTENTION):
-                measured.append(_measure_one(config, arch))
+        if config.capability in ARCHS:
+            measured.append(_measure_one(config, ARCHS[config.capability]))
     return measured
 
 

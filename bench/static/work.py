@@ -72,8 +72,9 @@ def _attention_forward(tile: Mapping, problem: Problem) -> Work | None:
     ):
         if prefix or count:
             macs = 2 * rows * block_n * width
-            regions.append(Region(macs, count * (rest // block_n)))
-            if not tile["EVEN_K"]:
+            one_loop = tile["ONE_LOOP"]
+            regions.append(Region(macs, count * (ceil(rest / block_n) if one_loop else rest // block_n)))
+            if not tile["EVEN_K"] and not one_loop:
                 regions.append(Region(macs, count if rest % block_n else 0, depth=0))
     return Work(tuple(regions), scalar)
 

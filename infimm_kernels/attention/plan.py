@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,12 +31,17 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The groups that have both queries and keys. `covers_all`: one group, without an index, is all."""
+    """The groups that have both queries and keys."""
 
     groups: tuple[Group, ...]
-    covers_all: bool
-    covers_all_keys: bool
+    is_one_view: bool  # a single group, read as a view, is the whole batch
+    covers_queries: bool  # every query row is in a group; rows in none get zero and lse = -inf
+    covers_keys: bool
 
+
+# Equal adjacent segments with as many scores as this, per head, are a batch of their own: what a copy next to
+# other segments would save in calls is less than its cost.
+LONG_RUN = 1 << 16
 
 VARLEN_NAMES = ("cu_seqlens_q", "cu_seqlens_k")
 WINDOW_NAMES = ("cu_seqlens", "cu_seqlens")
@@ -75,27 +80,49 @@ def _plan(
     cu_q: tuple, cu_k: tuple, total_q: int, total_k: int, names: tuple[str, str], device: torch.device
 ) -> Plan:
     check_values(cu_q, cu_k, total_q, total_k, names)
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for segment in range(len(cu_q) - 1):
-        len_q = cu_q[segment + 1] - cu_q[segment]
-        len_k = cu_k[segment + 1] - cu_k[segment]
-        if len_q and len_k:
-            # Lengths within a factor of two share a batch: fewer calls, at most half of its rows padding.
-            buckets.setdefault((len_k, (len_q - 1).bit_length()), []).append(segment)
+    buckets: dict[tuple[int, ...], list[int]] = {}
+    for run in _runs(cu_q, cu_k):
+        len_q, len_k = _lengths(run[0], cu_q, cu_k)
+        # Lengths within a factor of two share a batch: fewer calls, at most half of its rows padding.
+        key = (len_k, (len_q - 1).bit_length())
+        if device.type == "cpu" and len(run) * len_q * len_k >= LONG_RUN:
+            key += (run[0],)
+        buckets.setdefault(key, []).extend(run)
     groups = tuple(_group(segments, cu_q, cu_k, device) for segments in buckets.values())
-    whole = groups[0] if len(groups) == 1 else None
-    return Plan(
-        groups,
-        whole is not None and whole.rows_q is None and whole.num_segments * whole.len_q == total_q,
-        whole is not None and whole.rows_k is None and whole.num_segments * whole.len_k == total_k,
+    covers_queries, covers_keys = (
+        sum(cu[s + 1] - cu[s] for segments in buckets.values() for s in segments) == total
+        for cu, total in ((cu_q, total_q), (cu_k, total_k))
     )
+    is_view = len(groups) == 1 and groups[0].rows_q is None and groups[0].rows_k is None
+    return Plan(groups, is_view and covers_queries and covers_keys, covers_queries, covers_keys)
 
 
+def _lengths(segment: int, cu_q: tuple, cu_k: tuple) -> tuple[int, int]:
+    return cu_q[segment + 1] - cu_q[segment], cu_k[segment + 1] - cu_k[segment]
+
+
+def _runs(cu_q: tuple, cu_k: tuple) -> Iterator[list[int]]:
+    """Adjacent segments of equal lengths, together; those without queries or without keys are left out."""
+    segments = (s for s in range(len(cu_q) - 1) if all(_lengths(s, cu_q, cu_k)))
+    run: list[int] = []
+    for segment in segments:
+        if run and (
+            _lengths(segment, cu_q, cu_k) != _lengths(run[0], cu_q, cu_k)
+            or (cu_q[segment], cu_k[segment]) != (cu_q[run[-1] + 1], cu_k[run[-1] + 1])
+        ):
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
+@functools.lru_cache(maxsize=32)
 def uniform_plan(num_windows: int, seqlen: int) -> Plan:
     """The plan of `num_windows` equal windows."""
     empty = num_windows == 0 or seqlen == 0
     groups = () if empty else (Group(num_windows, seqlen, seqlen, 0, 0, None, None, None),)
-    return Plan(groups, not empty, not empty)
+    return Plan(groups, not empty, not empty, not empty)
 
 
 def _group(segments: list[int], cu_q: tuple, cu_k: tuple, device: torch.device) -> Group:

@@ -182,7 +182,8 @@ def attention_backward_kernel(
             dout_ptr + head * stride_dout_head + base_q * STRIDE_DOUT,
             lse_ptr + head * total_q + base_q,
             delta_ptr + head * total_q + base_q,
-            dq_sum_ptr + base_q * STRIDE_SUM + head * HEAD_DIM if WITH_DQ else None,
+            # Without dq something that is not None, which Triton 3.6 does not take in a tuple.
+            dq_sum_ptr + base_q * STRIDE_SUM + head * HEAD_DIM if WITH_DQ else delta_ptr,
         )
         if NUM_PREFIX > 0:
             if prefix_q > 0:

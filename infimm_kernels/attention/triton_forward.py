@@ -105,18 +105,23 @@ def _both_steps(
 @triton.jit
 def _attend(
     q, few_q, k_ptr, v_ptr, stride_k, stride_v, num_keys, state, few, scale,
-    BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr, FUSED_SCALE: tl.constexpr, NUM_PREFIX: tl.constexpr,
-    PIECES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr, ONE_LOOP: tl.constexpr, FUSED_SCALE: tl.constexpr,
+    NUM_PREFIX: tl.constexpr, PIECES: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """All keys behind the prefix for q, and with NUM_PREFIX > 0 for the prefix queries few_q as well."""
+    """All keys behind the prefix for q, and with NUM_PREFIX > 0 for the prefix queries few_q as well.
+
+    Whole tiles come first, without masks; with ONE_LOOP all tiles are masked alike, in fewer registers.
+    """
     columns = tl.arange(0, BLOCK_N)
-    num_full = num_keys if EVEN_K else num_keys // BLOCK_N * BLOCK_N
+    num_full = num_keys if EVEN_K or ONE_LOOP else num_keys // BLOCK_N * BLOCK_N
     for first in range(0, num_full, BLOCK_N):
         at = tl.cast(first, tl.int64)
-        k = load_rows(k_ptr + at * stride_k, columns, stride_k, PIECES, HEAD_DIM)
-        v = load_rows(v_ptr + at * stride_v, columns, stride_v, PIECES, HEAD_DIM)
-        state, few = _both_steps(q, few_q, k, v, state, few, scale, BLOCK_N, False, FUSED_SCALE, NUM_PREFIX)
-    if not EVEN_K:
+        rows = tl.minimum(columns, num_keys - first - 1) if ONE_LOOP else columns
+        k = load_rows(k_ptr + at * stride_k, rows, stride_k, PIECES, HEAD_DIM)
+        v = load_rows(v_ptr + at * stride_v, rows, stride_v, PIECES, HEAD_DIM)
+        here = num_keys - first
+        state, few = _both_steps(q, few_q, k, v, state, few, scale, here, ONE_LOOP, FUSED_SCALE, NUM_PREFIX)
+    if not EVEN_K and not ONE_LOOP:
         left = num_keys - num_full
         if left > 0:
             # Rows past the end repeat the last one, and their scores are masked.
@@ -214,6 +219,7 @@ def attention_forward_kernel(
     PREFIX_BLOCK_N: tl.constexpr,
     EVEN_Q: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     FUSED_SCALE: tl.constexpr,
 ):
     """out, lse are contiguous. EVEN_Q, EVEN_K: behind the prefix every segment is one or more whole tiles."""
@@ -290,7 +296,7 @@ def attention_forward_kernel(
             )
         state, few = _attend(
             q, few_q, rest_k_ptr, rest_v_ptr, stride_k_token, stride_v_token, num_keys, state, few, scale,
-            PREFIX_BLOCK_N, EVEN_K, FUSED_SCALE, NUM_PREFIX, PIECES, HEAD_DIM,
+            PREFIX_BLOCK_N, EVEN_K, ONE_LOOP, FUSED_SCALE, NUM_PREFIX, PIECES, HEAD_DIM,
         )  # fmt: skip
         if NUM_PREFIX == 1:
             _store_one(few_out_ptr, lse_ptr + few_base, few, FUSED_SCALE, PIECES, HEAD_DIM)
@@ -302,7 +308,7 @@ def attention_forward_kernel(
     else:
         state, no_prefix = _attend(
             q, q, rest_k_ptr, rest_v_ptr, stride_k_token, stride_v_token, num_keys, state, state, scale,
-            BLOCK_N, EVEN_K, FUSED_SCALE, 0, PIECES, HEAD_DIM,
+            BLOCK_N, EVEN_K, ONE_LOOP, FUSED_SCALE, 0, PIECES, HEAD_DIM,
         )  # fmt: skip
     acc, row_max, row_sum = state
     out = scale_rows(acc, (1.0 / row_sum)[:, None])

@@ -22,6 +22,7 @@ from infimm_kernels.backends import AotConfig
 from infimm_kernels.checks import unit_last_stride
 
 MAX_TILE_ROWS = 128
+MAX_PEELED_HEAD_DIM = 128  # wider heads have no registers left for prefix tokens
 ROWS = 64  # of a tile in the prepare and finish kernels
 
 
@@ -32,6 +33,8 @@ class ForwardConfig(NamedTuple):
     prefix_block_n: int  # tile of keys in the program that has the prefix queries too
     num_warps: int
     num_stages: int
+    drop_tail: bool  # whether code for a last part of a tile is left out where no window has one
+    one_loop: bool
 
 
 class BackwardConfig(NamedTuple):
@@ -72,18 +75,19 @@ def forward_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int
         widths = pieces(head_dim, exact=False)
         tiles = {16: (64, 32, 4), 32: (64, 32, 4), 64: (64, 32, 8), 128: (16, 32, 4)}
         block_m, block_n, num_warps = tiles.get(widths[0], (16, 16, 4))
-        return ForwardConfig(widths, block_m, block_n, block_n, num_warps, 1)
-    if head_dim > 128:
-        return ForwardConfig(pieces(head_dim, exact=False), 64, 32, 32, 4, 1)
+        return ForwardConfig(widths, block_m, block_n, block_n, num_warps, 1, True, True)
+    if head_dim > MAX_PEELED_HEAD_DIM:
+        return ForwardConfig(pieces(head_dim, exact=False), 64, 32, 32, 4, 1, True, True)
     if capability[0] in (9, 10):  # the GPUs with more than 200 KB of shared memory
-        return ForwardConfig(pieces(head_dim, exact=False), 128, 128, 64, 8, 2)
-    return ForwardConfig(pieces(head_dim, exact=True), 128, 64, 32, 8, 2)
+        # Without the tail ptxas makes the wgmma instructions of the main loop wait for each other (C7515).
+        return ForwardConfig(pieces(head_dim, exact=False), 128, 128, 64, 8, 2, False, False)
+    return ForwardConfig(pieces(head_dim, exact=True), 128, 64, 32, 8, 2, True, False)
 
 
 @functools.lru_cache(maxsize=256)
 def backward_config(head_dim: int, capability: tuple[int, int]) -> BackwardConfigs:
     """As `forward_config`; float32 has no backward here."""
-    if head_dim > 128:
+    if head_dim > MAX_PEELED_HEAD_DIM:
         widths = pieces(head_dim, exact=False)
         return BackwardConfigs(*(BackwardConfig(widths, 32, 32, 4, 1),) * 3)
     large = capability[0] in (9, 10)
@@ -92,7 +96,8 @@ def backward_config(head_dim: int, capability: tuple[int, int]) -> BackwardConfi
     if head_dim <= 64:
         return BackwardConfigs(*(BackwardConfig(widths, 64, 128, 8, 2),) * 2, dq)
     if large:
-        fused, dkdv = (64, 128, 8, 1), (64, 128, 8, 2)
+        # A tile of 64 rows asks for more tensor memory than sm_100 has, and Triton makes a trap of it.
+        fused, dkdv = (64 if capability[0] == 9 else 32, 128, 8, 1), (64, 128, 8, 2)
     else:
         fused, dkdv = (32, 64, 4, 2), (32, 128, 8, 2)
     return BackwardConfigs(BackwardConfig(widths, *fused), BackwardConfig(widths, *dkdv), dq)
@@ -112,6 +117,11 @@ def pieces(head_dim: int, exact: bool) -> tuple[int, ...]:
 def fused_scale(dtype: torch.dtype, softmax_scale: float) -> bool:
     """FUSED_SCALE of the kernels."""
     return softmax_scale > 0 and dtype != torch.float32
+
+
+def peeled_tokens(num_prefix_tokens: int, head_dim: int, dtype: torch.dtype) -> int:
+    """NUM_PREFIX of the kernels: the hint, where they make use of it."""
+    return num_prefix_tokens if dtype != torch.float32 and head_dim <= MAX_PEELED_HEAD_DIM else 0
 
 
 def whole_tiles(seqlen: int, num_prefix_tokens: int, block: int) -> bool:
@@ -135,6 +145,7 @@ def forward(
     Without cu_seqlens all segments have `seqlen` tokens; with them seqlen is 0.
     """
     total_q, num_heads, head_dim = q.shape
+    num_prefix_tokens = peeled_tokens(num_prefix_tokens, head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
     tile = forward_config(head_dim, q.dtype, _capability(q))
@@ -186,7 +197,8 @@ def _forward_options(
         "BLOCK_N": tile.block_n,
         "PREFIX_BLOCK_N": tile.prefix_block_n,
         "EVEN_Q": whole_tiles(seqlen, num_prefix_tokens, tile.block_m),
-        "EVEN_K": whole_tiles(seqlen, num_prefix_tokens, tile.block_n),
+        "EVEN_K": tile.drop_tail and whole_tiles(seqlen, num_prefix_tokens, tile.block_n),
+        "ONE_LOOP": tile.one_loop,
         "FUSED_SCALE": fused,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -218,6 +230,7 @@ def backward(
     """
     total_q, num_heads, head_dim = q.shape
     total_k, num_kv_heads = k.shape[:2]
+    num_prefix_tokens = peeled_tokens(num_prefix_tokens, head_dim, q.dtype)
     rows = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, 0, ROWS)
     if total_q == 0 or total_k == 0 or rows.num_segments == 0:
         for gradient in (dq, dk, dv):
@@ -376,15 +389,17 @@ CASES = (
     Case(64, 0, False, heads_per_kv_head=4),
     Case(112, 1, False, "fp16"),
     Case(112, 1, False, negative_scale=True),
-    *(Case(head_dim, 0, False, "fp32") for head_dim in (16, 64, 128, 256)),
-    Case(112, 1, False, "fp32"),
+    *(Case(head_dim, 0, False, "fp32") for head_dim in (16, 64, 112, 256)),
 )
 
 
 def aot_configs() -> Iterator[AotConfig]:
-    """The kernels of every kind of call, forward, backward and deterministic backward, per architecture."""
-    for capability in ((8, 0), (9, 0)):
-        for case in CASES:
+    """The kernels of every kind of call, forward, backward and deterministic backward, per architecture.
+
+    sm_100 is compiled for the default ones alone: nothing of it was tuned.
+    """
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        for case in CASES if capability < (10, 0) else DEFAULT_CASES:
             yield from _forward_configs(case, capability)
             if case.dtype != "fp32":
                 yield from _backward_configs(case, capability, deterministic=False)
@@ -395,6 +410,7 @@ def aot_configs() -> Iterator[AotConfig]:
 def _forward_configs(case: Case, capability: tuple[int, int]) -> Iterator[AotConfig]:
     tile = forward_config(case.head_dim, DTYPES[case.dtype], capability)
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PREFIX_BLOCK_N": tile.prefix_block_n}
+    blocks |= {"EVEN_K": case.even and tile.drop_tail, "ONE_LOOP": tile.one_loop}
     yield _aot_config(attention_forward_kernel, "fwd", case, capability, tile, blocks)
 
 
@@ -437,7 +453,7 @@ def _aot_config(
 ) -> AotConfig:
     """`kernel` as a call of this kind launches it; `absent` arguments are None."""
     heads = 16
-    constexprs = options | {
+    constexprs = {
         "HEADS_PER_KV_HEAD": case.heads_per_kv_head,
         "NUM_HEADS": heads,
         "NUM_PREFIX": case.num_prefix_tokens,
@@ -448,6 +464,7 @@ def _aot_config(
         "FUSED_SCALE": fused_scale(DTYPES[case.dtype], -1.0 if case.negative_scale else 1.0),
         "STRIDE_DOUT": heads * case.head_dim,
     }
+    constexprs |= options
     constexprs |= {f"STRIDE_{name}": 3 * heads * case.head_dim for name in "QKV"}
     absent = [*absent, *(["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"] if case.even else [])]
     constexprs |= dict.fromkeys(absent)

@@ -13,7 +13,7 @@ from bench import ledger
 from bench.static import compare
 from bench.static import compile as aot
 from bench.static.rows import Ledger, ledger_of, measure_configs
-from tests.bench.test_ledger_static import DEFAULTS
+from tests.bench.test_ledger_compare import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 ALWAYS = {

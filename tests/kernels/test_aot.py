@@ -34,7 +34,7 @@ def test_shipped_configurations_compile(module):
     pytest.importorskip("triton")
     parts = aot.in_processes(compiled, [(module, shard) for shard in range(SHARDS)])
     rows = [row for part in parts for row in part]
-    assert {arch for _, _, arch, *_ in rows} == {80, 90}
+    assert {80, 90} <= {arch for _, _, arch, *_ in rows} <= {80, 90, 100}
     for kernel, name, arch, cubin_bytes, shared_bytes, _ in rows:
         assert cubin_bytes > 0, (kernel, name, arch)
         assert shared_bytes <= SHARED_PER_CTA[arch], (kernel, name, arch, shared_bytes)

@@ -7,7 +7,6 @@ from infimm_kernels import add_position_2d, gated_residual_projection, varlen_at
 from infimm_kernels.testing import assert_within_twice_eager, max_error, packed_lengths
 from tests.kernels.cases import (
     AWKWARD_LENGTHS,
-    HEAD_DIMS,
     MIXED_DTYPES,
     attention_inputs,
     eager_attention,
@@ -22,14 +21,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 floats = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
-@floats
-@pytest.mark.parametrize("head_dim", (*HEAD_DIMS, 16, 20, 256))
-@pytest.mark.parametrize("lengths", (*AWKWARD_LENGTHS, (1025,)), ids=str)
-def test_attention(lengths, head_dim, dtype):
-    q, k, v, cu_q, cu_k = attention_inputs(lengths, lengths, 2, 1, head_dim, dtype, "cuda")
+def check_attention(lengths_q, lengths_k, num_heads, num_kv_heads, head_dim, dtype, num_prefix_tokens=0):
+    """Result and gradients against the error rule."""
+    inputs = attention_inputs(lengths_q, lengths_k, num_heads, num_kv_heads, head_dim, dtype, "cuda")
+    q, k, v, cu_q, cu_k = inputs
     q64, k64, v64 = exact(q, k, v)
-    out, lse = varlen_attention(q, k, v, cu_q, cu_k, return_lse=True)
-    eager, eager_lse = eager_attention(q, k, v, cu_q, cu_k)
+    out, lse = varlen_attention(*inputs, return_lse=True, num_prefix_tokens=num_prefix_tokens)
+    eager, eager_lse = eager_attention(*inputs)
     out64, lse64 = eager_attention(q64, k64, v64, cu_q, cu_k)
     assert_within_twice_eager("out", out, eager, out64)
     assert_within_twice_eager("lse", lse, eager_lse.to(lse.dtype), lse64)
@@ -38,6 +36,77 @@ def test_attention(lengths, head_dim, dtype):
     expected = torch.autograd.grad(out64, (q64, k64, v64), dout.double())
     for name, a, b, c in zip("qkv", ours, theirs, expected, strict=True):
         assert_within_twice_eager(f"d{name}", a, b, c)
+
+
+@floats
+@pytest.mark.parametrize("head_dim", (16, 20, 32, 64, 72, 80, 88, 96, 104, 112, 128, 256))
+@pytest.mark.parametrize("lengths", (*AWKWARD_LENGTHS, (1025,)), ids=str)
+def test_attention(lengths, head_dim, dtype):
+    check_attention(lengths, lengths, 2, 1, head_dim, dtype)
+
+
+@pytest.mark.parametrize("num_prefix_tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", (64, 80, 112, 128))
+def test_attention_with_prefix_tokens(head_dim, dtype, num_prefix_tokens):
+    lengths = (1025, 0, 1, 2, 65, 257, 1026, 7)
+    check_attention(lengths, lengths, 2, 2, head_dim, dtype, num_prefix_tokens)
+
+
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
+def test_attention_over_other_tokens(num_prefix_tokens):
+    check_attention(
+        (200, 0, 31, 5), (1025, 30, 0, 2050), 12, 3, 64, torch.bfloat16, num_prefix_tokens=num_prefix_tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "num_prefix_tokens"), [(1025, 1), (257, 1), (1029, 5), (1024, 0), (577, 1)]
+)
+def test_equal_windows(seqlen, num_prefix_tokens):
+    """Whole tiles behind the prefix take code without masks, which ragged windows do not."""
+    qkv = torch.randn(3, seqlen, 3, 2, 112, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    cu_seqlens = packed_lengths((seqlen,) * 3, "cuda")
+    q64 = qkv.detach().double().requires_grad_()
+    dout = torch.randn(3, seqlen, 2, 112, device="cuda", dtype=torch.bfloat16)
+    out = window_attention(qkv, num_prefix_tokens=num_prefix_tokens)
+    eager, out64 = (eager_attention(*x.flatten(0, 1).unbind(1), *(cu_seqlens,) * 2)[0] for x in (qkv, q64))
+    assert_within_twice_eager("out", out.flatten(0, 1), eager, out64)
+    flat = dout.flatten(0, 1)
+    (ours,), (theirs,) = torch.autograd.grad(out, qkv, dout), torch.autograd.grad(eager, qkv, flat)
+    (expected,) = torch.autograd.grad(out64, q64, flat.double())
+    for i, name in enumerate("qkv"):
+        assert_within_twice_eager(f"d{name}", ours[:, :, i], theirs[:, :, i], expected[:, :, i])
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def window_gradient(qkv, dout):
+    qkv = qkv.detach().requires_grad_()
+    return torch.autograd.grad(window_attention(qkv, num_prefix_tokens=1), qkv, dout)[0]
+
+
+def test_deterministic_backward_repeats_its_bits(deterministic):
+    """dq of the default backward is a sum of atomics, in another order every time."""
+    qkv = torch.randn(20, 1025, 3, 4, 112, device="cuda", dtype=torch.bfloat16)
+    dout = torch.randn(20, 1025, 4, 112, device="cuda", dtype=torch.bfloat16)
+    first = window_gradient(qkv, dout)
+    assert all(torch.equal(window_gradient(qkv, dout), first) for _ in range(5))
+
+
+def test_repeated_runs_agree():
+    """A race moves an error from run to run; the forward repeats its bits, the backward rounds its sums."""
+    qkv = torch.randn(20, 1025, 3, 4, 112, device="cuda", dtype=torch.bfloat16)
+    dout = torch.randn(20, 1025, 4, 112, device="cuda", dtype=torch.bfloat16)
+    out, grad = window_attention(qkv, num_prefix_tokens=1), window_gradient(qkv, dout)
+    for _ in range(5):
+        assert torch.equal(window_attention(qkv, num_prefix_tokens=1), out)
+        torch.testing.assert_close(window_gradient(qkv, dout), grad, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", (*FLOATS, *MIXED_DTYPES), ids=str)
@@ -116,6 +185,26 @@ def test_cuda_graph_replays_with_new_input(name):
         assert torch.equal(out, call(fresh))
 
 
+def test_cuda_graph_replays_the_backward(deterministic):
+    qkv, dout = calls()["window"][1], torch.randn(3, 65, 2, 112, device="cuda", dtype=torch.bfloat16)
+    static = qkv.clone().requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.autograd.grad(window_attention(static), static, dout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (grad,) = torch.autograd.grad(window_attention(static), static, dout)
+    for _ in range(3):
+        fresh = torch.randn_like(qkv)
+        with torch.no_grad():
+            static.copy_(fresh)
+        graph.replay()
+        eager = fresh.requires_grad_()
+        assert torch.equal(grad, torch.autograd.grad(window_attention(eager), eager, dout)[0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_side_stream(name):
     call, x = calls()[name]
@@ -137,6 +226,19 @@ def test_forward_does_not_wait_for_the_gpu(name):
     torch.cuda.set_sync_debug_mode("error")
     try:
         call(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["window", "packed window"])
+def test_attention_backward_does_not_wait_for_the_gpu(name):
+    call, x = calls()[name]
+    x.requires_grad_()
+    out = call(x)
+    torch.autograd.grad(out, x, torch.ones_like(out), retain_graph=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(out, x, torch.ones_like(out))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

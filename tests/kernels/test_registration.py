@@ -148,7 +148,7 @@ def test_a_new_number_of_windows_compiles_once():
         return graph.forward
 
     def encode(qkv, positions):
-        out = window_attention(qkv).flatten(2)
+        out = window_attention(qkv, num_prefix_tokens=1).flatten(2)
         return add_position_2d(out, positions, granularity="token", num_prefix_tokens=1)
 
     compiled = torch.compile(encode, fullgraph=True, backend=counting)

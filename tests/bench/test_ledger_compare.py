@@ -1,0 +1,118 @@
+"""What the ledger calls worse: limits, gates, and the comparison with the stored rows."""
+
+import pytest
+
+from bench.static import compare
+
+ROW = {
+    "kernel": "attention_forward_kernel",
+    "backend": "triton",
+    "pass": "fwd",
+    "arch": "sm_80",
+    "default": True,
+    "head_dim": 112,
+    "seqlen": 1025,
+    "useful_over_issued": 1.0,
+    "config": "attention_forward head_dim=112",
+    "gated": True,
+    "num_warps": 8,
+    "registers": 240,
+    "spills": 0,
+    "spills_in_loop": 0,
+    "shared_memory": 57344,
+    "ctas_per_sm": 1,
+    "loop_instructions": 1000,
+    "async_copies": 14,
+    "wgmma_waits": 2,
+    "wgmma_serialised": "no",
+    "race_flags": 0,
+    "mma": "HMMA.16816 x168, HMMA.1688 x8",
+    "triton": "3.7.1",
+    "ptxas": "12.8.93",
+}
+DEFAULTS = [
+    ROW | {"pass": direction, "arch": arch, "useful_over_issued": gate}
+    for (direction, arch), gate in compare.GATES.items()
+]
+
+
+def test_nothing_is_found_in_equal_or_better_rows():
+    assert compare.beyond_limits(DEFAULTS) == []
+    assert compare.worse([ROW], [ROW]) == []
+    better = ROW | {"spills": 0, "loop_instructions": 900, "wgmma_waits": 1, "ctas_per_sm": 2}
+    assert compare.worse([better], [ROW | {"spills": 4, "useful_over_issued": 0.9}]) == []
+    assert compare.other_tools([ROW], [ROW]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"useful_over_issued": 0.875}, "useful_over_issued fell from 1.0 to 0.875"),
+        ({"spills": 12}, "spills rose from 0 to 12"),
+        ({"spills_in_loop": 3}, "spills_in_loop rose from 0 to 3"),
+        ({"wgmma_waits": 7}, "wgmma_waits rose from 2 to 7"),
+        ({"wgmma_serialised": "C7515"}, "ptxas makes wgmma instructions wait for each other (C7515)"),
+        ({"race_flags": 1}, "race_flags rose from 0 to 1"),
+        ({"loop_instructions": 1051}, "loop_instructions rose from 1000 to 1051"),
+        ({"ctas_per_sm": 0}, "ctas_per_sm fell from 1 to 0"),
+        ({"async_copies": 0}, "the loops no longer copy asynchronously, had 14"),
+        ({"mma": "HMMA.16816 x176"}, "lost the matrix instruction HMMA.1688, has HMMA.16816 x176"),
+        ({"config": "another"}, "is in the stored ledger and no longer shipped"),
+    ],
+)
+def test_every_figure_that_gets_worse_is_a_finding(change, sentence):
+    findings = compare.worse([ROW | change], [ROW])
+    assert any(sentence in finding for finding in findings), findings
+    assert any("attention_forward head_dim=112" in finding for finding in findings)
+
+
+def test_a_new_configuration_is_a_finding():
+    assert "is not in the stored ledger" in compare.worse([ROW], [])[0]
+
+
+def test_stored_figures_of_other_tools_are_compared_by_their_ratio_alone():
+    stored = ROW | {"triton": "3.6.0"}
+    worse = ROW | {
+        "spills": 9,
+        "spills_in_loop": 2,
+        "wgmma_waits": 9,
+        "loop_instructions": 9999,
+        "ctas_per_sm": 0,
+        "mma": "none",
+    }
+    assert compare.worse([worse], [stored]) == []
+    (finding,) = compare.worse([worse | {"useful_over_issued": 0.9}], [stored])
+    assert "useful_over_issued fell from 1.0 to 0.9" in finding
+    assert "stored with Triton 3.6.0, ptxas 12.8.93, now Triton 3.7.1" in compare.other_tools(
+        [worse], [stored]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"useful_over_issued": 0.8}, "useful_over_issued is 0.8, must be at least"),
+        ({"spills_in_loop": 2}, "spills_in_loop is 2, must be 0"),
+        ({"shared_memory": 240 * 1024}, "shared_memory is 245760 bytes, the limit is"),
+        ({"ctas_per_sm": 0}, "8 warps of 240 registers a thread do not fit an SM"),
+        ({"default": False}, "no default attention row for"),
+    ],
+)
+@pytest.mark.parametrize("which", range(len(DEFAULTS)))
+def test_limits_and_gates(which, change, sentence):
+    rows = [row | change if i == which else row for i, row in enumerate(DEFAULTS)]
+    (finding,) = compare.beyond_limits(rows)
+    assert sentence in finding
+
+
+def test_serialised_defaults_are_always_said():
+    serialised = ROW | {"wgmma_serialised": "C7515"}
+    assert compare.worse([serialised], [serialised]) == []
+    (remark,) = compare.slow_defaults([ROW, serialised, serialised | {"default": False}])
+    assert "at seqlen 1025: ptxas makes wgmma" in remark
+
+
+def test_sm_100_is_information():
+    row = ROW | {"arch": "sm_100", "spills_in_loop": 9, "shared_memory": 10**6}
+    assert compare.beyond_limits([*DEFAULTS, row]) == []
+    assert compare.worse([row], [ROW | {"arch": "sm_100"}]) == compare.worse([], []) == []
