@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from infimm_kernels import varlen_attention, window_attention
+from infimm_kernels import gated_cross_attention, media_segments, varlen_attention, window_attention
 from infimm_kernels.testing import assert_within_twice_eager, packed_lengths
-from tests.kernels.cases import attention_inputs, eager_attention, exact
+from tests.kernels.cases import attention_inputs, eager_attention, exact, masked_attention
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0)}
@@ -265,3 +265,34 @@ def test_float32_goes_back_through_the_reference():
         for name in ("triton", "reference")
     )
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_gated_cross_attention_runs_on_these_kernels():
+    """Text cut at its images, three query heads to a key head: against the masked matrix."""
+    is_image = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    vision_seqlens, heads = (40, 7, 65), (6, 2, 32)
+    segments = media_segments(is_image, vision_seqlens, [2, 0, 1])
+    image_of_text = torch.tensor([[-1, 0, 0, 0, 1, 1], [-1] * 6, [2] * 6]).flatten()
+    image_of_key = torch.arange(3).repeat_interleave(torch.tensor(vision_seqlens))
+    hidden = image_of_text[:, None] != image_of_key[None, :]
+    num_heads, num_kv_heads, head_dim = heads
+    total = sum(vision_seqlens)
+    shapes = ((3, 6, 48), (3, 6, num_heads, head_dim), *((total, num_kv_heads, head_dim),) * 2)
+    shapes += ((48, num_heads * head_dim), (48,))
+    inputs = tuple(torch.randn(shape).bfloat16().requires_grad_() for shape in shapes)
+    y = gated_cross_attention(*inputs, segments, backend="triton")
+
+    def eager(x, query, key, value, weight, gate):
+        key, value = (t.repeat_interleave(num_heads // num_kv_heads, 1) for t in (key, value))
+        out = masked_attention(query.flatten(0, 1), key, value, hidden).reshape(3, 6, -1)
+        return x + gate.tanh() * (out @ weight.t())
+
+    wide = exact(*inputs)
+    theirs, expected = eager(*inputs), eager(*wide)
+    assert_within_twice_eager("y", y, theirs, expected)
+    dy = torch.randn_like(y)
+    grads = (
+        torch.autograd.grad(result, t, dy.to(result.dtype)) for result, t in ((y, inputs), (theirs, inputs))
+    )
+    for name, a, b, c in zip("xqkvwg", *grads, torch.autograd.grad(expected, wide, dy.double()), strict=True):
+        assert_within_twice_eager(f"d{name}", a, b, c)
