@@ -69,13 +69,21 @@ def differentiable_backward(
     None.
     """
     with torch.enable_grad():
-        outputs = reference(*inputs)
+        # An alias each: of inputs that are the same tensor, or made of each other, every one would be given
+        # the gradient of all.
+        aliases = [x.view_as(x) for x in inputs]
+        outputs = reference(*aliases)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    wanted = [x for x in inputs if x.requires_grad]
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    if not pairs:
+        return (None,) * len(inputs)
     found = torch.autograd.grad(
         [output for output, _ in pairs],
-        wanted,
+        [alias for alias in aliases if alias.requires_grad],
         [grad for _, grad in pairs],
         create_graph=True,
         allow_unused=True,

@@ -369,3 +369,22 @@ def test_a_transform_leaves_nothing_behind():
     assert max_error(transformed, torch.autograd.grad(loss(q), q)[0]) < 1e-12
     with pytest.raises(ValueError, match="cu_seqlens_q must end at the number of tokens"):
         torch.func.grad(lambda q: varlen_attention(q, k, v, cu_q, cu_k).sum())(q.detach()[:-1])
+
+
+def test_gradients_that_keep_their_graph_of_one_tensor_in_several_places():
+    """Each of q, k and v was once given the gradient of all three, where all were the same tensor."""
+    x, cu_seqlens = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True), packed_lengths((3, 2))
+    out = varlen_attention(x, x, x, cu_seqlens, cu_seqlens)
+    plain, graphed = (
+        torch.autograd.grad(out.sin().sum(), x, retain_graph=True, create_graph=create)[0]
+        for create in (False, True)
+    )
+    assert max_error(graphed, plain) < 1e-13
+
+
+def test_gradient_that_keeps_its_graph_of_a_result_without_one():
+    """lse does not depend on v: asking for its gradient with a graph once raised."""
+    q, k, v, cu_q, cu_k = attention_inputs((3, 2), (4, 5))
+    _, lse = varlen_attention(q.detach(), k.detach(), v, cu_q, cu_k, return_lse=True)
+    grads = torch.autograd.grad(lse.sum(), v, create_graph=True, allow_unused=True)
+    assert grads[0] is None or not grads[0].any()
