@@ -23,8 +23,8 @@ def tensor(argument: str, value: object, rank: int | None = None, shape: str = "
     """`value` must be a dense tensor on a device that a backend serves, of `rank` dimensions when given."""
     if not isinstance(value, Tensor):
         fail(argument, "be a torch.Tensor", type(value).__name__)
-    if value.layout is not torch.strided:
-        fail(argument, "be a dense tensor", value.layout)
+    if value.is_nested or value.layout is not torch.strided:
+        fail(argument, "be a dense tensor", "a nested one" if value.is_nested else value.layout)
     if value.device.type not in ("cpu", "cuda", "meta"):
         fail(argument, "be on a CPU or CUDA device", value.device)
     if rank is not None and value.dim() != rank:

@@ -162,7 +162,8 @@ def attention_backward_finish_kernel(
                     dv = zero_rows(1, PIECES)
                     for t in range(0, tl.cdiv(len_q, BLOCK_M)):
                         for group in range(HEADS_PER_KV_HEAD):
-                            sum_ptr = prefix_sum_ptr + (t * num_heads + group) * ROW + j * (2 * HEAD_DIM)
+                            row = tl.cast(t, tl.int64) * num_heads + group
+                            sum_ptr = prefix_sum_ptr + row * ROW + j * (2 * HEAD_DIM)
                             dk = add_rows(dk, load_vector(sum_ptr, PIECES, HEAD_DIM))
                             dv = add_rows(dv, load_vector(sum_ptr + HEAD_DIM, PIECES, HEAD_DIM))
                     at = tl.cast(j, tl.int64)

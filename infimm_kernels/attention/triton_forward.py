@@ -273,8 +273,9 @@ def attention_forward_kernel(
     if NUM_PREFIX == 1:
         prefix_key = load_vector(k_ptr, PIECES, HEAD_DIM)
         prefix_value = load_vector(v_ptr, PIECES, HEAD_DIM)
-        one = state[2] + 1.0
-        state = (add_outer(state[0], one, prefix_value), dot_vector(q, prefix_key) * scale, one)
+        scores = dot_vector(q, prefix_key) * scale
+        one = power(scores - scores, FUSED_SCALE)  # not 1 but NaN for a score that is no finite number
+        state = (add_outer(state[0], one, prefix_value), scores, one)
     elif NUM_PREFIX > 1:
         tokens = tl.minimum(tl.arange(0, 16), prefix_k - 1)  # the shortest tile that an MMA sums over
         prefix_key = load_rows(k_ptr, tokens, stride_k_token, PIECES, HEAD_DIM)
@@ -285,8 +286,9 @@ def attention_forward_kernel(
         if NUM_PREFIX == 1:
             few_q = load_vector(few_q_ptr, PIECES, HEAD_DIM)
             score = tl.sum(dot_vector(few_q, prefix_key), 0) * scale
-            only_first = tl.where(tl.arange(0, FOLD) == 0, 1.0, 0.0)
-            few = (add_outer(zero_rows(FOLD, PIECES), only_first, prefix_value), score, 1.0)
+            few_one = power(score - score, FUSED_SCALE)
+            only_first = tl.where(tl.arange(0, FOLD) == 0, few_one, 0.0)
+            few = (add_outer(zero_rows(FOLD, PIECES), only_first, prefix_value), score, few_one)
         else:
             few_rows = tl.minimum(tl.arange(0, FEW), prefix_q - 1)
             few_q = load_rows(few_q_ptr, few_rows, stride_q_token, PIECES, HEAD_DIM)

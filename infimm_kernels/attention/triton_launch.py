@@ -21,6 +21,7 @@ from infimm_kernels.attention.triton_forward import attention_forward_kernel
 from infimm_kernels.backends import AotConfig
 from infimm_kernels.checks import unit_last_stride
 
+FLOAT32 = torch.finfo(torch.float32)
 MAX_TILE_ROWS = 128
 MAX_PEELED_HEAD_DIM = 128  # wider heads have no registers left for prefix tokens
 ROWS = 64  # of a tile in the prepare and finish kernels
@@ -115,8 +116,13 @@ def pieces(head_dim: int, exact: bool) -> tuple[int, ...]:
 
 
 def fused_scale(dtype: torch.dtype, softmax_scale: float) -> bool:
-    """FUSED_SCALE of the kernels."""
-    return softmax_scale > 0 and dtype != torch.float32
+    """FUSED_SCALE of the kernels: for masked scores of -inf the scale must be neither 0 nor near infinity."""
+    return FLOAT32.tiny <= softmax_scale < FLOAT32.max / 2 and dtype != torch.float32
+
+
+def float32_scale(softmax_scale: float) -> float:
+    """The scale as a normal float32, which a kernel takes: past it scores are infinite, or all alike."""
+    return min(max(softmax_scale, FLOAT32.min), FLOAT32.max) if abs(softmax_scale) >= FLOAT32.tiny else 0.0
 
 
 def peeled_tokens(num_prefix_tokens: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -146,6 +152,7 @@ def forward(
     """
     total_q, num_heads, head_dim = q.shape
     num_prefix_tokens = peeled_tokens(num_prefix_tokens, head_dim, q.dtype)
+    softmax_scale = float32_scale(softmax_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
     tile = forward_config(head_dim, q.dtype, _capability(q))
@@ -231,6 +238,7 @@ def backward(
     total_q, num_heads, head_dim = q.shape
     total_k, num_kv_heads = k.shape[:2]
     num_prefix_tokens = peeled_tokens(num_prefix_tokens, head_dim, q.dtype)
+    softmax_scale = float32_scale(softmax_scale)
     rows = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, 0, ROWS)
     if total_q == 0 or total_k == 0 or rows.num_segments == 0:
         for gradient in (dq, dk, dv):

@@ -60,6 +60,7 @@ BAD = [
     (varlen, {"q": None}, "q must be a torch.Tensor, got NoneType"),
     (varlen, {"q": T(5, 16)}, "q must have shape [total_q, num_heads, head_dim], got [5, 16]"),
     (varlen, {"k": T(5, 2, 8).to_sparse()}, "k must be a dense tensor, got torch.sparse_coo"),
+    (varlen, {"q": torch.nested.nested_tensor([T(5, 2, 8)])}, "q must be a dense tensor, got a nested one"),
     (
         varlen,
         {"q": T(5, 2, 8).long()},

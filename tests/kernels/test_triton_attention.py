@@ -220,6 +220,32 @@ def test_nan_of_one_segment_stays_there():
         assert not x[cu[1] : cu[2]].isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_score_that_is_no_number(value, num_prefix_tokens):
+    """Over the prefix key alone, whose probability was taken for 1, a NaN in q once gave out = v."""
+    q, k, v, cu_q, cu_k = attention_inputs((1, 2), (1, 2), 1, 1, 16, torch.float16)
+    with torch.no_grad():
+        q[0] = value
+    out = varlen_attention(q, k, v, cu_q, cu_k, num_prefix_tokens=num_prefix_tokens, backend="triton")
+    assert torch.equal(out.isnan(), eager_attention(q, k, v, cu_q, cu_k)[0].isnan())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("scale", [1e-46, 1e-40, 1e39, -1e300])
+def test_scales_beyond_float32(scale):
+    """A scale that is 0 in float32 once made NaN of masked scores; one past its range could not be passed."""
+    q, k, v, cu_q, cu_k = attention_inputs((70,), (70,), 1, 1, 16, torch.float16)
+    out = varlen_attention(q, k, v, cu_q, cu_k, softmax_scale=scale, backend="triton")
+    if abs(scale) < 1:
+        assert_within_twice_eager(
+            "out", out, eager_attention(q, k, v, cu_q, cu_k, scale)[0], v.double().mean(0).expand(70, 1, 16)
+        )
+    else:
+        assert out.isnan().all()
+
+
 def test_scores_far_from_zero():
     """exp(score) alone would overflow or vanish; so would a probability made of zeros for a missing key."""
     q, k, v, cu_q, cu_k = attention_inputs((70,), (70,), 1, 1, 16, torch.float16)
