@@ -1,9 +1,14 @@
 """What every test needs before anything imports Triton, and the skip rule of GPU tests."""
 
+import contextlib
 import os
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    # DeepSpeed imports distutils, and torch.compile then setuptools, which refuses to come second.
+    import setuptools  # noqa: F401
 
 try:
     import hypothesis
