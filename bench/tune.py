@@ -21,7 +21,7 @@ from bench.results import header
 from bench.timing import Timed, clock_of, interleave, summarize
 from infimm_kernels import window_attention
 from infimm_kernels.attention import triton_launch
-from infimm_kernels.attention.triton_launch import BackwardConfig, ForwardConfig, pieces
+from infimm_kernels.attention.triton_config import BackwardConfig, ForwardConfig, pieces
 
 HEAD_DIM, NUM_HEADS = 112, 16
 SHIPPED = "shipped"

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from bench import tune
 from infimm_kernels.attention import triton_launch
-from infimm_kernels.attention.triton_launch import BackwardConfig, ForwardConfig
+from infimm_kernels.attention.triton_config import BackwardConfig, ForwardConfig
 
 CASES = {
     False: ForwardConfig((16,), 16, 16, 16, 4, 1, True, False),
