@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, OptionError
 
-SOURCES = ["csrc/bindings.cpp", "csrc/add_position_2d.cu"]
+SOURCES = ["csrc/bindings.cpp", "csrc/add_position_2d.cu", "csrc/decode_attention.cu"]
 DEFAULT_ARCHS = "80+PTX;90a"
 JOBS = 2
 

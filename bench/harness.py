@@ -12,7 +12,9 @@ import torch
 
 from bench import timing
 from bench.attention import VarlenAttention, WindowAttention
-from bench.other_ops import AddPosition2d, Copy, GatedResidualProjection, MatrixProduct
+from bench.cross_ops import GatedCrossAttention, GatedCrossAttentionDecode, VisionKeysValues
+from bench.gated_ops import GatedFeedForward, GatedResidualProjection
+from bench.other_ops import AddPosition2d, Copy, MatrixProduct, ResidualPostNorm
 from bench.problem import Implementation, Missing, Prepared, Problem
 
 PROBLEMS = {
@@ -20,8 +22,13 @@ PROBLEMS = {
     for problem in (
         WindowAttention,
         VarlenAttention,
-        AddPosition2d,
+        VisionKeysValues,
+        GatedCrossAttention,
+        GatedCrossAttentionDecode,
         GatedResidualProjection,
+        GatedFeedForward,
+        AddPosition2d,
+        ResidualPostNorm,
         MatrixProduct,
         Copy,
     )

@@ -12,8 +12,14 @@ information.
     useful_over_issued  2 S^2 D multiply-adds forward and 5 S^2 D backward, over those that all kernels of the
                         pass issue together: matrix instructions with their masked and padded parts, and the
                         scalar work of prefix tokens. A backward's kernels all carry the figure of their pass.
-                        gated_residual: of its matrix product; head_dim is the inner size, seqlen 0. Kernels
-                        without matrix work have 1.0, head_dim 0 and seqlen 0.
+                        The kernels beside attention's: of their matrix product at the sizes of the 13 B
+                        model (bench/static/kernels.py); head_dim is the inner size, seqlen 0. Without matrix
+                        work they have 1.0, head_dim 0 and seqlen 0.
+    bytes_ratio         of a call bound by memory: the bytes that must pass between memory and GPU over those
+                        that do, from tiles and trips
+    instructions_per_element
+                        of an element-wise kernel, per thread; instruction_budget: how many the GPU can issue
+                        while the bytes of an element pass at full bandwidth
     work_from           whether issued was read from the machine code, or counted from the tile sizes alone
     spills              instructions that move spilled registers; spills_in_loop: those in the loops with
                         matrix instructions, where loop_instructions, async_copies and wgmma_waits count
@@ -43,6 +49,9 @@ COLUMNS = {
     "head_dim": "D",
     "default": "default",
     "useful_over_issued": "useful/issued",
+    "bytes_ratio": "bytes",
+    "instructions_per_element": "per element",
+    "instruction_budget": "budget",
     "registers": "registers",
     "spills": "spills",
     "spills_in_loop": "in loop",
@@ -67,7 +76,7 @@ RIVAL_COLUMNS = {
 
 
 def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
-    cells = [list(columns.values()), *([_cell(row[name]) for name in columns] for row in rows)]
+    cells = [list(columns.values()), *([_cell(row.get(name, "-")) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

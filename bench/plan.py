@@ -1,5 +1,6 @@
 """What `python -m bench.gpu` measures, most important first."""
 
+import itertools
 from dataclasses import replace
 
 from bench.harness import Case
@@ -7,8 +8,13 @@ from bench.problem import OURS
 
 EVA_E = {"num_heads": 16, "head_dim": 112, "num_prefix_tokens": 1}  # the ViT of InfiMM-HD
 VISION_TOKENS = 10250  # 10 windows of 1025, the most that an image of 1344 x 1344 has
-CROSS = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}
-HOST = (OURS, "sdpa", "sdpa_flash", "sdpa_cudnn", "eager")
+HEADS = {"num_heads": 12, "head_dim": 64}  # of the gated blocks
+CROSS = HEADS | {"num_kv_heads": 12}
+HIDDEN, VISION_HIDDEN = 5120, 1792  # of the 13 B model's text and of its ViT
+TEXTS = (2048, 32, 128, 384, 1024)  # rows of a step, from one stage's texts to a batch of them
+IMAGES = (10, 5, 1)  # windows of an image
+BATCHES = (8, 1, 64)  # samples that get a token each
+HOST = (OURS, "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_cached", "eager")
 
 
 def full_plan() -> list[Case]:
@@ -16,6 +22,7 @@ def full_plan() -> list[Case]:
     cases = [*_host(), *_ceilings(8192, 1 << 29)]
     for num_windows in (40, 160):
         cases += _both("main", _windows(num_windows), compiled=True)
+    cases += _gated_block()
     for seqlen in (257, 577, 2305):
         cases += _both("seqlen", _windows(40, seqlen))
     for num_windows in (1, 2, 5, 10, 20, 80):
@@ -37,7 +44,7 @@ def full_plan() -> list[Case]:
     ]
     cases += [replace(case, dtype="float16") for case in _both("float16", _windows(40))]
     cases += [Case("deterministic", "window_attention", _windows(40), backward=True, deterministic=True)]
-    return cases + _other_ops(num_windows=40, seqlen=1025, hidden=1792, rows=8192, stream=5120, inner=768)
+    return cases
 
 
 def quick_plan() -> list[Case]:
@@ -51,8 +58,7 @@ def quick_plan() -> list[Case]:
     cases += [Case("host", "window_attention", tiny, metric="host", only=HOST)]
     cases += [Case("memory", "window_attention", tiny, backward=True, metric="memory")]
     cases += [Case("deterministic", "window_attention", tiny, backward=True, deterministic=True)]
-    other = _other_ops(num_windows=3, seqlen=17, hidden=16, rows=8, stream=16, inner=8)
-    return cases + [replace(case, compiled=False) for case in other]
+    return cases + _tiny_gated_block()
 
 
 def _windows(num_windows: int, seqlen: int = 1025, **changes: int) -> dict:
@@ -69,11 +75,17 @@ def _host() -> list[Case]:
     cross = {"lengths_q": [16], "lengths_k": [64], "num_heads": 1, "num_kv_heads": 1, "head_dim": 64}
     position = {"num_windows": 1, "seqlen": 65, "hidden": 64, "granularity": "window", "num_prefix_tokens": 1}
     gated = {"rows": 16, "hidden": 64, "inner": 64}
+    features = {"num_windows": 1, "seqlen": 65, "hidden": 64}
+    heads = {"num_heads": 1, "head_dim": 64}
     shapes = {
         "window_attention": windows,
         "varlen_attention": cross,
-        "add_position_2d": position,
+        "gated_cross_attention_decode": {**features, **heads, "batch": 1, "vision_hidden": 64},
         "gated_residual_projection": gated,
+        "gated_feed_forward": gated,
+        "vision_keys_values": {**features, **heads, "num_layers": 1},
+        "residual_post_norm": features,
+        "add_position_2d": position,
     }
     return [Case("host", op, shape, metric="host", only=HOST) for op, shape in shapes.items()]
 
@@ -82,11 +94,55 @@ def _ceilings(size: int, numel: int) -> list[Case]:
     return [Case("ceilings", "matrix_product", {"size": size}), Case("ceilings", "copy", {"numel": numel})]
 
 
-def _other_ops(num_windows: int, seqlen: int, hidden: int, rows: int, stream: int, inner: int) -> list[Case]:
-    position = {"num_windows": num_windows, "seqlen": seqlen, "hidden": hidden, "num_prefix_tokens": 1}
-    cases = [
-        Case("other_ops", "add_position_2d", {**position, "granularity": granularity}, compiled=True)
-        for granularity in ("window", "token")
+def _gated_block() -> list[Case]:
+    """What a gated cross-attention block and the ViT's norms and positions do, most important first."""
+    image = {"seqlen": 1025, "hidden": HIDDEN, **HEADS}
+    decode = [
+        {**image, "batch": batch, "num_windows": windows, "vision_hidden": VISION_HIDDEN}
+        for windows in IMAGES
+        for batch in BATCHES
     ]
-    gated = {"rows": rows, "hidden": stream, "inner": inner}
-    return cases + _both("other_ops", gated, op="gated_residual_projection", compiled=True)
+    cases = [Case("decode", "gated_cross_attention_decode", shape) for shape in decode]
+    for windows, rows in itertools.product(IMAGES, TEXTS):
+        shape = {**image, "text_len": rows, "num_windows": windows}
+        cases += _both("prefill", shape, op="gated_cross_attention")
+    features = {"num_windows": 10, "seqlen": 1025, "hidden": VISION_HIDDEN, "num_prefix_tokens": 1, **HEADS}
+    for layers, granularity in ((10, "window"), (10, "token"), (1, "window")):
+        shape = {**features, "num_layers": layers, "granularity": granularity}
+        cases += _both("vision_keys_values", shape, op="vision_keys_values")
+    for inner, rows in itertools.product((768, HIDDEN), (*TEXTS, 8192)):
+        shape = {"rows": rows, "hidden": HIDDEN, "inner": inner}
+        cases += _both("gated", shape, op="gated_residual_projection")
+    for rows in (2048, 32, 8192):
+        shape = {"rows": rows, "hidden": HIDDEN, "inner": HIDDEN}
+        cases += _both("feed_forward", shape, op="gated_feed_forward")
+    return _first_compiled([*cases, *_vision_norms(num_windows=40, seqlen=1025, hidden=VISION_HIDDEN)])
+
+
+def _vision_norms(num_windows: int, seqlen: int, hidden: int) -> list[Case]:
+    features = {"num_windows": num_windows, "seqlen": seqlen, "hidden": hidden}
+    cases = _both("post_norm", features, op="residual_post_norm")
+    for granularity, in_place in itertools.product(("window", "token"), (False, True)):
+        shape = {**features, "num_prefix_tokens": 1, "granularity": granularity, "in_place": in_place}
+        cases.append(Case("position", "add_position_2d", shape))
+    return cases
+
+
+def _first_compiled(cases: list[Case]) -> list[Case]:
+    """torch.compile takes seconds for each shape: only the first case of a section and pass waits for it."""
+    first = {(case.section, case.backward): index for index, case in reversed([*enumerate(cases)])}
+    return [replace(case, compiled=index in first.values()) for index, case in enumerate(cases)]
+
+
+def _tiny_gated_block() -> list[Case]:
+    """One tiny case of every kind in `_gated_block`."""
+    image = {"num_windows": 3, "seqlen": 10, "hidden": 16, "num_heads": 2, "head_dim": 8}
+    decode = {**image, "batch": 2, "vision_hidden": 8}
+    cases = [Case("decode", "gated_cross_attention_decode", decode)]
+    cases += _both("prefill", {**image, "text_len": 32}, op="gated_cross_attention")
+    shape = {**image, "num_layers": 2, "granularity": "token", "num_prefix_tokens": 1}
+    cases += _both("vision_keys_values", shape, op="vision_keys_values")
+    rows = {"rows": 8, "hidden": 16, "inner": 8}
+    cases += _both("gated", rows, op="gated_residual_projection")
+    cases += _both("feed_forward", rows, op="gated_feed_forward")
+    return cases + _vision_norms(num_windows=3, seqlen=10, hidden=16)

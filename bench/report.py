@@ -21,6 +21,13 @@ LEDGER = ROOT / "bench" / "ledger.json"
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 SECTIONS = {
     "main": "The windows of the ViT",
+    "decode": "A new token over kept vision keys and values",
+    "prefill": "A text over an image: attention, projection, gate",
+    "vision_keys_values": "Keys and values of the layers",
+    "gated": "Projection, gate and residual",
+    "feed_forward": "Gated feed-forward",
+    "post_norm": "Residual post-norm",
+    "position": "Positions",
     "seqlen": "Window size",
     "windows": "Number of windows",
     "head_dim": "Head dimension",
@@ -29,11 +36,15 @@ SECTIONS = {
     "memory": "Peak memory of forward and backward, above the inputs",
     "float16": "float16",
     "deterministic": "Deterministic backward",
-    "other_ops": "The other ops",
     "host": "Host time of a forward call, from Python's call to its return",
 }
+# In README.md: how many cases of a section, which are the most important first. The pages have all.
+IN_README = {"main": 4, "decode": 3, "prefill": 2, "vision_keys_values": 2, "gated": 2, "feed_forward": 2}
+IN_README |= {"post_norm": 2, "position": 2}
+RATES = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 UNMEASURED = "No speed was measured on any GPU: A100, H100 and H200 are unmeasured."
 UNMEASURED_A100 = "No speed was measured on an A100."
+OTHER_BASELINES = ("torch", "sdpa_cached", "sdpa_masked", "recompute")  # of the ops beside attention
 RATIO = (
     "A figure with x is the time of that implementation over ours in the same run: above 1, ours is faster."
 )
@@ -108,7 +119,7 @@ def value_label(entry: Entry) -> str:
     if entry["metric"] == "memory":
         return f"{entry['peak_bytes'] / 2**20:.0f} MiB"
     label = f"{entry['median_us']:.{1 if entry['median_us'] < 100 else 0}f} us"
-    for key, unit in (("tflops", "TFLOP/s"), ("gbps", "GB/s")):
+    for key, unit in RATES.items():
         if (rate := entry[key]) is not None:
             label += f", {rate:.0f} {unit}" if rate >= 100 else f", {rate:.3g} {unit}"
     return label
@@ -148,7 +159,7 @@ def page(document: dict[str, Any], pictures: dict[str, str]) -> str:
     for section, title in SECTIONS.items():
         chosen = [case for case in cases if next(iter(case.values()))["section"] == section]
         if chosen:
-            lines += [f"## {title}", "", *table(chosen), ""]
+            lines += [f"## {title}", "", *table(chosen, ceilings(document)), ""]
             if notes := _notes(chosen, ("wrong", "failed", "budget")):
                 lines += [*notes, ""]
     if missing := _notes(cases, ("missing",)):
@@ -182,6 +193,24 @@ def provenance(document: dict[str, Any]) -> str:
     return text + (f" ({tests['status']}: {tests['reason']})." if tests["status"] == "budget" else ".")
 
 
+def ceilings(document: dict[str, Any]) -> dict[str, float]:
+    """The rates of the matrix product and of the copy of the same run, where they were measured."""
+    return {
+        rate: entry[rate]
+        for entry in document["entries"]
+        for rate in RATES
+        if entry["section"] == "ceilings" and entry["status"] == "ok" and entry[rate] is not None
+    }
+
+
+def share_label(entry: Entry | None, limits: dict[str, float]) -> str:
+    """How much of the nearer ceiling an entry reaches: of the matrix product's rate or of the copy's."""
+    if entry is None or entry["status"] != "ok":
+        return "-"
+    shares = [entry[rate] / limits[rate] for rate in limits if entry[rate] is not None]
+    return f"{100 * max(shares):.0f} %" if shares else "-"
+
+
 def _ceilings(document: dict[str, Any]) -> list[str]:
     found = []
     for entry in document["entries"]:
@@ -194,19 +223,19 @@ def _ceilings(document: dict[str, Any]) -> list[str]:
 def columns(cases: list[dict[str, Entry]]) -> list[str]:
     """The implementations beside ours that have something to say in these cases."""
     names = {name for case in cases for name, entry in case.items() if entry["status"] != "missing"}
-    order = [OURS, *(baseline.name for baseline in ATTENTION)]
+    order = [OURS, *OTHER_BASELINES, *(baseline.name for baseline in ATTENTION)]
     return sorted(names - {OURS, "all"}, key=lambda name: (order.index(name.split(":")[0]), name))
 
 
-def table(cases: list[dict[str, Entry]]) -> list[str]:
-    """Rows of cases: ours in full, the others as ratios."""
+def table(cases: list[dict[str, Entry]], limits: dict[str, float]) -> list[str]:
+    """Rows of cases: ours in full, its share of the nearer of the ceilings `limits`, the others as ratios."""
     names = columns(cases)
-    header = ["op", "shape", "pass", "ours", *names]
+    header = ["op", "shape", "pass", "ours", "of ceiling", *names]
     rows = []
     for case in cases:
         first, ours = next(iter(case.values())), case.get(OURS)
         label = value_label(ours) if ours else case["all"]["status"] if "all" in case else "-"
-        cells = [first["op"], shape_label(first["shape"]), first["pass"], label]
+        cells = [first["op"], shape_label(first["shape"]), first["pass"], label, share_label(ours, limits)]
         rows.append(cells + [ratio_label(case.get(name), ours) for name in names])
     return markdown([header, *rows])
 
@@ -245,11 +274,7 @@ def readme_block(folder: Path = RESULTS, ledger: Path = LEDGER) -> str:
     lines = []
     for gpu in sorted(newest):
         document = newest[gpu][2]
-        chosen = [c for c in by_case(document["entries"]) if next(iter(c.values()))["section"] == "main"]
-        lines += [provenance(document), "", *_ceilings(document), *table(chosen), ""]
-        missing = {n for c in chosen for n, e in c.items() if e["status"] == "missing"} - set(columns(chosen))
-        if missing:
-            lines += [f"Not installed or not able there: {', '.join(sorted(missing))}.", ""]
+        lines += [provenance(document), "", *_ceilings(document), *_readme_tables(document)]
     if lines:
         lines += [RATIO, ""]
     else:
@@ -257,6 +282,21 @@ def readme_block(folder: Path = RESULTS, ledger: Path = LEDGER) -> str:
     if not any("A100" in gpu for gpu in newest):
         lines += [UNMEASURED_A100 if newest else UNMEASURED, ""]
     return "\n".join(lines)
+
+
+def _readme_tables(document: dict[str, Any]) -> list[str]:
+    """The first cases of the sections that README.md shows, and what could not run in them."""
+    lines, chosen = [], []
+    cases = by_case(document["entries"])
+    for section, count in IN_README.items():
+        shown = [case for case in cases if next(iter(case.values()))["section"] == section][:count]
+        if shown:
+            lines += [f"{SECTIONS[section]}:", "", *table(shown, ceilings(document)), ""]
+            chosen += shown
+    missing = {n for c in chosen for n, e in c.items() if e["status"] == "missing"} - set(columns(chosen))
+    if missing:
+        lines += [f"Not installed or not able there: {', '.join(sorted(missing))}.", ""]
+    return lines
 
 
 def _ledger_table(path: Path) -> list[str]:

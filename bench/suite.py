@@ -11,7 +11,9 @@ from bench.report import shape_label
 from infimm_kernels import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = ("bfloat16",) if DEVICE.type == "cuda" else ("float32", "bfloat16")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = ("bfloat16",) if ON_GPU else ("float32", "bfloat16")
+EAGER = ["eager", "compiled_eager"]
 SECONDS = 1.0  # of the rounds of one benchmark, about
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 

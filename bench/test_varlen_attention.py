@@ -10,7 +10,7 @@ from bench.harness import Case
 from infimm_kernels.attention.op import VARLEN_CANDIDATES
 
 HEADS = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}
-TOKENS = 10250 if suite.DEVICE.type == "cuda" else 1025
+TOKENS = 10250 if suite.ON_GPU else 1025
 SHAPES = {
     "demo": {
         "lengths_q": [40] * 32,

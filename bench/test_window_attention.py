@@ -11,12 +11,11 @@ from bench.harness import Case
 from infimm_kernels.attention.op import WINDOW_CANDIDATES
 
 EVA_E = {"num_heads": 16, "head_dim": 112, "num_prefix_tokens": 1}
-ON_GPU = suite.DEVICE.type == "cuda"
 SHAPES = {
     "demo": {"num_windows": 160, "seqlen": 65, "num_heads": 1, "head_dim": 112, "num_prefix_tokens": 1},
-    "vit_e_224": {"num_windows": 160 if ON_GPU else 4, "seqlen": 257, **EVA_E},
-    "vit_e_448": {"num_windows": 40 if ON_GPU else 1, "seqlen": 1025, **EVA_E},
-    "ragged": {"lengths": [257, 1025, 577, 325] * (10 if ON_GPU else 1), **EVA_E},
+    "vit_e_224": {"num_windows": 160 if suite.ON_GPU else 4, "seqlen": 257, **EVA_E},
+    "vit_e_448": {"num_windows": 40 if suite.ON_GPU else 1, "seqlen": 1025, **EVA_E},
+    "ragged": {"lengths": [257, 1025, 577, 325] * (10 if suite.ON_GPU else 1), **EVA_E},
 }
 
 

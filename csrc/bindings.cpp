@@ -7,12 +7,14 @@
 
 #include "add_position_2d.h"
 #include "common/device_guard.h"
+#include "decode_attention.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using infimm::AddPosition2dParams;
+using infimm::DecodeAttentionParams;
 using infimm::DType;
 
 void require(bool condition, const std::string& message) {
@@ -32,6 +34,11 @@ void require_pointer(uintptr_t address, const char* name) {
 void require_at_least(int64_t value, int64_t low, const char* name) {
   require(value >= low,
           std::string(name) + " must be at least " + std::to_string(low) + ", got " + std::to_string(value));
+}
+
+void require_within(int64_t value, int64_t low, int64_t high, const char* name) {
+  require(value >= low && value <= high, std::string(name) + " must be from " + std::to_string(low) + " to " +
+                                             std::to_string(high) + ", got " + std::to_string(value));
 }
 
 void throw_on_error(cudaError_t error, const std::string& op, const std::string& arguments) {
@@ -99,6 +106,91 @@ void add_position_2d(uintptr_t x, uintptr_t out, uintptr_t positions, int dtype,
                      std::to_string(device));
 }
 
+void decode_attention(uintptr_t x, uintptr_t out, uintptr_t query, uintptr_t key, uintptr_t value,
+                      uintptr_t out_weight, uintptr_t attn_gate, uintptr_t key_ranges, uintptr_t workspace,
+                      int64_t workspace_floats, int dtype, int x_dtype, int gate_dtype, int64_t max_blocks,
+                      int64_t batch, int64_t text_len, int64_t hidden, int64_t total, int64_t num_heads,
+                      int64_t num_kv_heads, int64_t head_dim, int64_t x_stride_sample, int64_t x_stride_row,
+                      int64_t query_stride_sample, int64_t query_stride_row, int64_t query_stride_head,
+                      int64_t key_stride_token, int64_t key_stride_head, int64_t value_stride_token,
+                      int64_t value_stride_head, int64_t out_weight_stride_row,
+                      int64_t key_ranges_stride_sample, int64_t key_ranges_stride_bound, double softmax_scale,
+                      int device, uintptr_t stream) {
+  DecodeAttentionParams params;
+  params.dtype = dtype_from_code(dtype);
+  params.x_dtype = dtype_from_code(x_dtype);
+  params.gate_dtype = dtype_from_code(gate_dtype);
+  require_within(batch, 0, infimm::kDecodeMaxBatch, "batch");
+  require_within(text_len, 0, infimm::kDecodeMaxTextLen, "text_len");
+  require_at_least(hidden, 0, "hidden");
+  require_within(total, 0, infimm::kDecodeMaxTokens, "total");
+  require_within(num_heads, 1, infimm::kDecodeMaxHeads, "num_heads");
+  require(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "num_kv_heads must divide num_heads (" +
+                                                                 std::to_string(num_heads) + "), got " +
+                                                                 std::to_string(num_kv_heads));
+  require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= infimm::kDecodeMaxHeadDim,
+          "head_dim must be a multiple of 8 up to " + std::to_string(infimm::kDecodeMaxHeadDim) + ", got " +
+              std::to_string(head_dim));
+  require_within(max_blocks, 1, infimm::kDecodeMaxBlocks, "max_blocks");
+  require_at_least(device, 0, "device");
+  params.max_blocks = max_blocks;
+  params.batch = batch;
+  params.text_len = text_len;
+  params.hidden = hidden;
+  params.total = total;
+  params.num_heads = num_heads;
+  params.num_kv_heads = num_kv_heads;
+  params.head_dim = head_dim;
+  require_at_least(workspace_floats, infimm::decode_workspace_floats(params), "workspace_floats");
+  if (batch == 0 || text_len == 0 || hidden == 0) return;
+  require_pointer(x, "x");
+  require_pointer(out, "out");
+  require_pointer(query, "query");
+  require_pointer(out_weight, "out_weight");
+  require_pointer(attn_gate, "attn_gate");
+  require_pointer(key_ranges, "key_ranges");
+  require_pointer(workspace, "workspace");
+  if (total > 0) {
+    require_pointer(key, "key");
+    require_pointer(value, "value");
+  }
+  params.x = reinterpret_cast<const void*>(x);
+  params.out = reinterpret_cast<void*>(out);
+  params.query = reinterpret_cast<const void*>(query);
+  params.key = reinterpret_cast<const void*>(key);
+  params.value = reinterpret_cast<const void*>(value);
+  params.out_weight = reinterpret_cast<const void*>(out_weight);
+  params.attn_gate = reinterpret_cast<const void*>(attn_gate);
+  params.key_ranges = reinterpret_cast<const int32_t*>(key_ranges);
+  params.workspace = reinterpret_cast<float*>(workspace);
+  params.workspace_floats = workspace_floats;
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.x_stride_sample = x_stride_sample;
+  params.x_stride_row = x_stride_row;
+  params.query_stride_sample = query_stride_sample;
+  params.query_stride_row = query_stride_row;
+  params.query_stride_head = query_stride_head;
+  params.key_stride_token = key_stride_token;
+  params.key_stride_head = key_stride_head;
+  params.value_stride_token = value_stride_token;
+  params.value_stride_head = value_stride_head;
+  params.out_weight_stride_row = out_weight_stride_row;
+  params.key_ranges_stride_sample = key_ranges_stride_sample;
+  params.key_ranges_stride_bound = key_ranges_stride_bound;
+
+  const infimm::DeviceGuard guard(device);
+  const cudaError_t error =
+      guard.error() != cudaSuccess
+          ? guard.error()
+          : infimm::launch_decode_attention(params, reinterpret_cast<cudaStream_t>(stream));
+  throw_on_error(error, "decode_attention",
+                 " for x [" + std::to_string(batch) + ", " + std::to_string(text_len) + ", " +
+                     std::to_string(hidden) + "] " + infimm::dtype_name(params.x_dtype) + ", key [" +
+                     std::to_string(total) + ", " + std::to_string(num_kv_heads) + ", " +
+                     std::to_string(head_dim) + "] " + infimm::dtype_name(params.dtype) + " on device " +
+                     std::to_string(device));
+}
+
 int device_count() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -138,4 +230,18 @@ PYBIND11_MODULE(_C, module) {
       py::arg("device"), py::arg("stream"),
       "Asynchronous on `stream`. Pointers are device addresses, strides count elements, dtype is a code of "
       "DTYPES.");
+  module.def("decode_attention", &decode_attention, py::kw_only(), py::arg("x"), py::arg("out"),
+             py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out_weight"), py::arg("attn_gate"),
+             py::arg("key_ranges"), py::arg("workspace"), py::arg("workspace_floats"), py::arg("dtype"),
+             py::arg("x_dtype"), py::arg("gate_dtype"), py::arg("max_blocks"), py::arg("batch"),
+             py::arg("text_len"), py::arg("hidden"), py::arg("total"), py::arg("num_heads"),
+             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("x_stride_sample"),
+             py::arg("x_stride_row"), py::arg("query_stride_sample"), py::arg("query_stride_row"),
+             py::arg("query_stride_head"), py::arg("key_stride_token"), py::arg("key_stride_head"),
+             py::arg("value_stride_token"), py::arg("value_stride_head"), py::arg("out_weight_stride_row"),
+             py::arg("key_ranges_stride_sample"), py::arg("key_ranges_stride_bound"),
+             py::arg("softmax_scale"), py::arg("device"), py::arg("stream"),
+             "Asynchronous on `stream`, one cooperative launch. As add_position_2d; `workspace` holds "
+             "workspace_floats "
+             "floats of any content, as many as decode_workspace_floats in csrc asks for.");
 }

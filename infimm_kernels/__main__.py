@@ -10,6 +10,7 @@ import torch
 
 import infimm_kernels
 from infimm_kernels import backends, extension
+from infimm_kernels.gated_cross_attention.cuda import UNVERIFIED as DECODE_UNVERIFIED
 from infimm_kernels.position_2d.cuda import UNVERIFIED
 
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
@@ -43,7 +44,10 @@ def report() -> dict:
         "versions": versions(),
         "gpus": gpus(),
         "backends": [row._asdict() for row in backends.availability()],
-        "notes": [f"add_position_2d, cuda: {UNVERIFIED}"],
+        "notes": [
+            f"add_position_2d, cuda: {UNVERIFIED}",
+            f"gated_cross_attention_decode, cuda: {DECODE_UNVERIFIED}",
+        ],
     }
 
 

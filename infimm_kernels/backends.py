@@ -18,7 +18,6 @@ from torch import Tensor
 
 NAMES = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "INFIMM_BACKEND"
-REFERENCE_BACKWARD = "the reference's formula on the same device"
 ATTENTION_BACKWARD = "float32: the reference's formula on the same device"
 
 
@@ -137,38 +136,47 @@ def why_not_triton(*tensors: Tensor) -> str | None:
 def availability() -> list[Availability]:
     """Every op, backend and direction, with the reason a bf16 call cannot run on this machine's GPU."""
     from infimm_kernels.attention.op import VARLEN_CANDIDATES, WINDOW_CANDIDATES
+    from infimm_kernels.gated_cross_attention.decode import CANDIDATES as DECODE_CANDIDATES
     from infimm_kernels.gated_residual.op import CANDIDATES as GATED_CANDIDATES
     from infimm_kernels.position_2d.op import CANDIDATES as POSITION_CANDIDATES
+    from infimm_kernels.post_norm.op import CANDIDATES as POST_NORM_CANDIDATES
+    from infimm_kernels.vision_keys_values.op import CANDIDATES as KEYS_VALUES_CANDIDATES
 
-    ops = (
-        ("varlen_attention", VARLEN_CANDIDATES, ((8, 1, 64),) * 3, ATTENTION_BACKWARD),
-        ("window_attention", WINDOW_CANDIDATES, ((1, 8, 3, 1, 64),), ATTENTION_BACKWARD),
-        ("add_position_2d", POSITION_CANDIDATES, ((1, 8, 64),), "backward is the identity"),
-        (
-            "gated_residual_projection",
-            GATED_CANDIDATES,
-            ((8, 64), (8, 64), (64, 64), (64,)),
-            REFERENCE_BACKWARD,
-        ),
-    )
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
+
+    def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [torch.empty(s, dtype=torch.bfloat16, device=device) for s in shapes]
+
+    place = torch.empty((1, 2), dtype=torch.int32, device=device)
+    decode = tensors((1, 1, 64), (1, 1, 1, 64), (8, 1, 64), (8, 1, 64), (64, 64), (64,))
+    ops = (  # name, candidates, the tensors that their predicates take, a note on the backward
+        ("varlen_attention", VARLEN_CANDIDATES, tensors(*((8, 1, 64),) * 3), ATTENTION_BACKWARD),
+        ("window_attention", WINDOW_CANDIDATES, tensors((1, 8, 3, 1, 64)), ATTENTION_BACKWARD),
+        ("add_position_2d", POSITION_CANDIDATES, [*tensors((1, 8, 64)), place], "backward is the identity"),
+        ("residual_post_norm", POST_NORM_CANDIDATES, tensors((8, 64), (8, 64), (64,), (64,)), ""),
+        ("vision_keys_values", KEYS_VALUES_CANDIDATES, tensors((1, 8, 64), (1, 2, 64, 64)), ""),
+        ("gated_residual_projection", GATED_CANDIDATES, tensors((8, 64), (8, 64), (64, 64), (64,)), ""),
+        ("gated_cross_attention_decode", DECODE_CANDIDATES, [*decode, place], None),
+    )
     rows = []
-    for op_name, candidates, shapes, backward_note in ops:
-        tensors = [torch.empty(s, dtype=torch.bfloat16, device=device) for s in shapes]
-        if op_name == "add_position_2d":
-            tensors.append(torch.empty((1, 2), dtype=torch.int32, device=device))
-        for direction in ("forward", "backward"):
+    for op_name, candidates, arguments, backward_note in ops:
+        directions = ("forward",) if backward_note is None else ("forward", "backward")
+        notes = {"forward": "", "backward": backward_note}
+        for direction in directions:
             rows.append(Availability(op_name, "reference", direction, None, "any device, eager PyTorch"))
         for candidate in candidates:
             if candidate.name == "triton" and not has_gpu:
                 reason = why_not_triton_here() or "no CUDA device is visible"
             else:
-                reason = candidate.why_not(*tensors)
-            note = "" if candidate.default else "runs only when it is named"
-            rows.append(Availability(op_name, candidate.name, "forward", reason, note))
-            rows.append(Availability(op_name, candidate.name, "backward", reason, backward_note))
+                reason = candidate.why_not(*arguments)
+            for direction in directions:
+                named = "" if candidate.default or direction == "backward" else "runs only when it is named"
+                rows.append(
+                    Availability(op_name, candidate.name, direction, reason, named or notes[direction])
+                )
     rows += _composed("gated_cross_attention", ("varlen_attention", "gated_residual_projection"), rows)
+    rows += _composed("gated_feed_forward", ("gated_residual_projection",), rows)
     return rows
 
 

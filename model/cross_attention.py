@@ -1,12 +1,17 @@
-"""The gated cross-attention block and the transform of the visual tokens it reads."""
+"""The gated cross-attention block, the keys and values it reads, and the transform of the visual tokens."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infimm_kernels import MediaSegments, gated_cross_attention, gated_residual_projection
+from infimm_kernels import MediaSegments, gated_cross_attention, gated_feed_forward, vision_keys_values
 
 from .config import GatedCrossAttentionConfig
+from .vision import NUM_PREFIX_TOKENS
+
+KeyValue = tuple[Tensor, Tensor]
 
 
 class VisualTokenTransform(nn.Module):
@@ -28,31 +33,50 @@ class VisualTokenTransform(nn.Module):
         return x + self.linear_out(F.gelu(self.linear_in(x)))
 
 
+class VisionKeysValues(nn.Module):
+    """The keys and values of all gated blocks, with the windows' 2-D positions, in one matrix product.
+
+    `weight` [num_blocks, 2, num_heads * head_dim, vision_hidden], keys before values; each slice is the
+    weight of a linear layer without bias and starts like `torch.nn.Linear`'s."""
+
+    def __init__(self, num_blocks: int, vision_hidden_size: int, config: GatedCrossAttentionConfig) -> None:
+        super().__init__()
+        self.num_heads, self.granularity = config.num_heads, config.position
+        inner_size = config.num_heads * config.head_dim
+        self.weight = nn.Parameter(torch.empty(num_blocks, 2, inner_size, vision_hidden_size))
+        bound = 1 / math.sqrt(vision_hidden_size)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, features: Tensor, window_positions: Tensor) -> tuple[KeyValue, ...]:
+        """Visual tokens [n, tokens, vision_hidden] and their windows' (row, column) [n, 2] -> for each block
+        key, value [n * tokens, num_heads, head_dim]."""
+        position = {}
+        if self.granularity != "none":
+            position = dict(positions=window_positions, granularity=self.granularity)
+        return vision_keys_values(
+            features, self.weight, num_heads=self.num_heads, num_prefix_tokens=NUM_PREFIX_TOKENS, **position
+        )
+
+
 class GatedCrossAttentionBlock(nn.Module):
     """x = x + tanh(attn_gate) * attn(x, image); x = x + tanh(ffn_gate) * ffn(x); both gates start at zero.
 
     A text token sees the tokens of the image before it only; a token with no image before it is left
     untouched by both branches."""
 
-    def __init__(self, hidden_size: int, vision_hidden_size: int, config: GatedCrossAttentionConfig) -> None:
+    def __init__(self, hidden_size: int, config: GatedCrossAttentionConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         inner_size = config.num_heads * config.head_dim
         ffn_size = config.ffn_ratio * hidden_size
         self.attn_norm = nn.LayerNorm(hidden_size)
         self.q_proj = nn.Linear(hidden_size, inner_size, bias=False)
-        self.kv_proj = nn.Linear(vision_hidden_size, 2 * inner_size, bias=False)
         self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
         self.attn_gate = nn.Parameter(torch.zeros(hidden_size))
         self.ffn_norm = nn.LayerNorm(hidden_size)
         self.ffn_in = nn.Linear(hidden_size, ffn_size, bias=False)
         self.ffn_out = nn.Linear(ffn_size, hidden_size, bias=False)
         self.ffn_gate = nn.Parameter(torch.zeros(hidden_size))
-
-    def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """`features` [total_vision, vision_hidden] -> key, value [total_vision, num_heads, head_dim]."""
-        key_value = self.kv_proj(features).view(-1, 2, self.num_heads, self.head_dim)
-        return key_value[:, 0], key_value[:, 1]
 
     def query(self, x: Tensor) -> Tensor:
         """[batch, text_len, hidden] -> [batch, text_len, num_heads, head_dim]."""
@@ -62,7 +86,13 @@ class GatedCrossAttentionBlock(nn.Module):
         x = gated_cross_attention(
             x, self.query(x), key, value, self.out_proj.weight, self.attn_gate, segments
         )
-        hidden = F.gelu(self.ffn_in(self.ffn_norm(x)))
-        return gated_residual_projection(
-            x, hidden, self.ffn_out.weight, self.ffn_gate, row_mask=segments.text_mask
+        return gated_feed_forward(
+            x,
+            self.ffn_norm.weight,
+            self.ffn_norm.bias,
+            self.ffn_in.weight,
+            self.ffn_out.weight,
+            self.ffn_gate,
+            row_mask=segments.text_mask,
+            eps=self.ffn_norm.eps,
         )

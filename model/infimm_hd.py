@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from infimm_kernels import add_position_2d, decode_segments, media_segments
+from infimm_kernels import decode_segments, media_segments
 
 from .checks import IGNORE_INDEX, require_positive_ints, text_arguments, vision_arguments
 from .config import InfiMMHDConfig
-from .cross_attention import GatedCrossAttentionBlock, VisualTokenTransform
-from .language import KeyValue, hidden_states
-from .vision import NUM_PREFIX_TOKENS, VisionTransformer
+from .cross_attention import GatedCrossAttentionBlock, KeyValue, VisionKeysValues, VisualTokenTransform
+from .language import hidden_states
+from .vision import VisionTransformer
 from .weights import load_weights
 
 PARTS = ("vision", "gated_cross_attention", "language")
@@ -56,11 +56,9 @@ class InfiMMHD(nn.Module):
         )
         self.language = LlamaForCausalLM(LlamaConfig(**copy.deepcopy(config.language)))
         hidden = self.language.config.hidden_size
+        self.vision_keys_values = VisionKeysValues(len(config.gated_layers), vision_hidden, gated)
         self.gated_blocks = nn.ModuleDict(
-            {
-                str(index): GatedCrossAttentionBlock(hidden, vision_hidden, gated)
-                for index in config.gated_layers
-            }
+            {str(index): GatedCrossAttentionBlock(hidden, gated) for index in config.gated_layers}
         )
         self._gradient_checkpointing = False
 
@@ -99,19 +97,9 @@ class InfiMMHD(nn.Module):
         """Interpolates the ViT's position table for windows of this many pixels (224 -> 448), in place."""
         self.vision.set_window_size(window_size)
 
-    def encode_windows(self, pixel_values: Tensor, window_positions: Tensor) -> Tensor:
-        """Windows [n, 3, P, P] and their (row, column) [n, 2] -> visual tokens [n, tokens, vision_hidden]."""
-        features = self.visual_token_transform(self.vision(pixel_values))
-        granularity = self.config.gated_cross_attention.position
-        if granularity == "none":
-            return features
-        return add_position_2d(
-            features, window_positions, granularity=granularity, num_prefix_tokens=NUM_PREFIX_TOKENS
-        )
-
-    def vision_keys_values(self, features: Tensor) -> dict[str, KeyValue]:
-        """Keys and values of every gated block from visual tokens [total, vision_hidden], once per image."""
-        return {index: block.keys_values(features) for index, block in self.gated_blocks.items()}
+    def encode_windows(self, pixel_values: Tensor) -> Tensor:
+        """Windows [n, 3, P, P] -> visual tokens [n, tokens, vision_hidden], before their 2-D position."""
+        return self.visual_token_transform(self.vision(pixel_values))
 
     def forward(
         self,
@@ -243,12 +231,11 @@ class InfiMMHD(nn.Module):
             size = self.config.vision.window_size
             pixel_values = torch.zeros(1, 3, size, size, device=device)
             window_positions = torch.full((1, 2), -1, device=device)
-        features = self.encode_windows(pixel_values, window_positions).flatten(0, 1)
-        keys_values = self.vision_keys_values(features)
+        pairs = self.vision_keys_values(self.encode_windows(pixel_values), window_positions)
         if no_window:
             # the blank window only keeps every parameter in the graph: none of its tokens is a key
-            keys_values = {index: (key[:0], value[:0]) for index, (key, value) in keys_values.items()}
-        return keys_values
+            pairs = [(key[:0], value[:0]) for key, value in pairs]
+        return dict(zip(self.gated_blocks, pairs, strict=True))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` and safetensors (sharded above 5 GB) into `directory`."""

@@ -14,9 +14,7 @@ from transformers.masking_utils import create_causal_mask
 
 from infimm_kernels import MediaSegments
 
-from .cross_attention import GatedCrossAttentionBlock
-
-KeyValue = tuple[Tensor, Tensor]
+from .cross_attention import GatedCrossAttentionBlock, KeyValue
 
 
 def hidden_states(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infimm_kernels import window_attention
+from infimm_kernels import residual_post_norm, window_attention
 
 from .checks import is_int
 from .config import VisionConfig
@@ -51,8 +51,12 @@ class Block(nn.Module):
         nn.init.constant_(self.mlp_norm.weight, config.norm_gain_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn_norm(self.attn(x))
-        return x + self.mlp_norm(self.mlp_out(F.gelu(self.mlp_in(x))))
+        x = _add_normed(x, self.attn(x), self.attn_norm)
+        return _add_normed(x, self.mlp_out(F.gelu(self.mlp_in(x))), self.mlp_norm)
+
+
+def _add_normed(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return residual_post_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
 
 
 class VisionTransformer(nn.Module):

@@ -16,6 +16,11 @@ def test_the_first_example_runs_and_agrees_with_eager():
     exec(blocks("python")[0], {})
 
 
+def test_the_gated_block_example_runs():
+    (example,) = [block for block in blocks("python") if "decode_segments" in block]
+    exec(example, {})
+
+
 def test_the_file_tree_names_what_exists():
     tree = next(block for block in blocks("") if block.startswith("csrc/"))
     room = ROOT

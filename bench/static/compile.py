@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from infimm_kernels.backends import AotConfig
 
 ROOT = Path(__file__).parents[2]
-JOBS = 2
+JOBS = max(2, min(8, len(os.sched_getaffinity(0)) // 2))  # a machine with a GPU runs its tests beside these
 
 
 class Compiled(NamedTuple):

@@ -27,7 +27,8 @@ class Figures(NamedTuple):
     spills: instructions that read or write spilled registers, in the hot loops among them: those with matrix
     instructions, or all loops of a kernel without. loop_instructions, async_copies (from global to
     shared memory) and wgmma_waits count there too.
-    wgmma_serialised: the codes of ptxas' warnings about it, or "no".
+    wgmma_serialised: the codes of ptxas' warnings about it, or "no". instructions: of the whole kernel, but
+    for padding.
     """
 
     registers: int
@@ -42,6 +43,7 @@ class Figures(NamedTuple):
     race_flags: int
     mma: str
     regions: tuple[MmaRegion, ...]
+    instructions: int
     triton: str
     ptxas: str
 
@@ -81,6 +83,7 @@ def figures(
         race_flags=race_flags(ptx),
         mma=", ".join(f"{shape} x{count}" for shape, count in sorted(shapes.items())) or "none",
         regions=tuple(code.mma_regions),
+        instructions=len(code.reachable),
         triton=tools[0],
         ptxas=tools[1],
     )

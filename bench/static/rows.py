@@ -4,15 +4,15 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.static import compile as aot
-from bench.static import work
+from bench.static import kernels, work
 from bench.static.measure import Figures, measure, measure_cuda
 
 SHARDS = 8  # of every module: small enough to keep all processes busy
 ARCHS = {(8, 0): 80, (9, 0): 90, (10, 0): 100}
 INFORMATION = (100,)
 CUDA_ARCHS = {80: "80", 90: "90a"}
-CUDA_SOURCES = ("csrc/add_position_2d.cu",)
-CUDA_THREADS = {"add_position_2d_kernel": 256}
+CUDA_SOURCES = ("csrc/add_position_2d.cu", "csrc/decode_attention.cu")
+CUDA_THREADS = {"add_position_2d_kernel": 256, "decode_attention_kernel": 256}
 
 
 class Measured(NamedTuple):
@@ -134,7 +134,7 @@ def ledger_of(measured: Sequence[Measured], remarks: Sequence[str] = ()) -> Ledg
 
 def _rows(each: Measured, measured: Sequence[Measured]) -> list[dict]:
     if each.kernel not in work.ATTENTION:
-        return [_row(each, work.INNER.get(each.kernel, 0), 0, *_other_ratio(each))]
+        return [_other_row(each)]
     problems = work.problems(each.head_dim, each.tile["NUM_PREFIX"])
     return [_row(each, p.head_dim, p.seqlen, *_attention_ratio(each, p, measured)) for p in problems]
 
@@ -166,21 +166,32 @@ def _attention_ratio(
     return work.useful_macs(each.direction, problem) / total, ", ".join(counted)
 
 
-def _other_ratio(each: Measured) -> tuple[float, str]:
-    if each.kernel in work.MATRIX_PRODUCTS:
-        tiles = work.MATRIX_PRODUCTS[each.kernel](each.tile)
+def _other_row(each: Measured) -> dict:
+    """Of a kernel beside attention's, with the figures that the table has for it."""
+    kernel = kernels.KERNELS.get(each.kernel)
+    if kernel is None:
+        raise ValueError("bench/static/kernels.py must say what this kernel does")
+    ratio, source = 1.0, work.NO_MATRIX_WORK
+    if kernel.work is not None and each.tile:
+        useful, tiles = kernel.work(each.tile)
         issued = work.issued_macs(tiles, each.figures.regions, each.num_warps)
-        return work.GATED_USEFUL / issued.macs, issued.source
-    if each.kernel not in work.MEMORY_BOUND:
-        raise ValueError("bench/static/work.py must say how much matrix work this kernel does")
-    if each.figures.regions:
+        ratio, source = useful / issued.macs, issued.source
+    elif each.figures.regions:
         raise ValueError(f"a memory-bound kernel must have no matrix instructions, got {each.figures.mma}")
-    return 1.0, work.NO_MATRIX_WORK
+    row = _row(each, kernel.inner or each.head_dim, 0, ratio, source)
+    if kernel.bytes_ratio and each.tile and (share := kernel.bytes_ratio(each.tile)) is not None:
+        row["bytes_ratio"] = round(share, 4)
+    if kernel.elements and each.tile and each.arch not in INFORMATION:
+        elements = kernel.elements(each.tile)
+        count = kernels.instructions_per_element(elements, each.figures, each.num_warps)
+        row["instructions_per_element"] = round(count, 2)
+        row["instruction_budget"] = round(kernels.instruction_budget(row["arch"], elements.bytes), 1)
+    return row
 
 
 def _row(each: Measured, head_dim: int, seqlen: int, ratio: float, source: str) -> dict:
     figures = each.figures._asdict()
-    del figures["regions"]
+    del figures["regions"], figures["instructions"]
     return {
         "kernel": each.kernel,
         "backend": each.backend,

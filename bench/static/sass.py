@@ -89,6 +89,16 @@ class Code:
         loops = [frozenset(i.address for block in body for i in blocks[block]) for body in bodies.values()]
         return sorted(loops, key=len)
 
+    @cached_property
+    def reachable(self) -> frozenset[int]:
+        """The addresses of what can run, without the branch to itself and the padding at the end."""
+        blocks, successors = self._blocks()
+        dominators = _dominators(successors)
+        found = (
+            i for block, known in zip(blocks, dominators, strict=True) if known is not None for i in block
+        )
+        return frozenset(i.address for i in found if i.opcode != "NOP")
+
     def _blocks(self) -> tuple[list[list[Instruction]], list[list[int]]]:
         """Basic blocks in the order of their addresses, and the blocks that may follow each."""
         # ptxas leaves some loops by a call that never returns.

@@ -37,8 +37,6 @@ class Work(NamedTuple):
 
 
 USEFUL_GEMMS = {"fwd": 2, "bwd": 5}
-# gated_residual: rows of text, out and inner features of one gated block of the 13 B model.
-GATED_ROWS, GATED_HIDDEN, GATED_INNER = 4096, 5120, 768
 
 
 def useful_macs(direction: str, problem: Problem) -> int:
@@ -138,12 +136,6 @@ def _up(x: int, block: int) -> int:
     return ceil(x / block) * block
 
 
-def gated_residual(tile: Mapping) -> Work:
-    macs = tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
-    programs = ceil(GATED_ROWS / tile["BLOCK_M"]) * ceil(GATED_HIDDEN / tile["BLOCK_N"])
-    return Work((Region(macs, programs * ceil(GATED_INNER / tile["BLOCK_K"])),))
-
-
 # By the name of the kernel, from its constexprs; attention's kernels alone have a problem.
 ATTENTION: dict[str, Callable[[Mapping, Problem], Work | None]] = {
     "attention_forward_kernel": _attention_forward,
@@ -152,10 +144,6 @@ ATTENTION: dict[str, Callable[[Mapping, Problem], Work | None]] = {
     "attention_backward_dq_kernel": _backward_dq,
     "attention_backward_finish_kernel": _backward_finish,
 }
-MATRIX_PRODUCTS: dict[str, Callable[[Mapping], Work]] = {"gated_residual_kernel": gated_residual}
-INNER = {"gated_residual_kernel": GATED_INNER}
-GATED_USEFUL = GATED_ROWS * GATED_HIDDEN * GATED_INNER
-MEMORY_BOUND = ("position_table_kernel", "add_position_kernel", "add_position_2d_kernel")
 
 
 class Part(NamedTuple):

@@ -275,7 +275,7 @@ def _packed(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _window_plan(qkv: Tensor, cu_seqlens: Tensor | None):
     if cu_seqlens is None:
-        return uniform_plan(*qkv.shape[:2])
+        return uniform_plan(*qkv.shape[:2], qkv.shape[1])
     return plan(cu_seqlens, cu_seqlens, qkv.shape[0], qkv.shape[0], WINDOW_NAMES)
 
 

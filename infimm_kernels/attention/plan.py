@@ -118,10 +118,10 @@ def _runs(cu_q: tuple, cu_k: tuple) -> Iterator[list[int]]:
 
 
 @functools.lru_cache(maxsize=32)
-def uniform_plan(num_windows: int, seqlen: int) -> Plan:
-    """The plan of `num_windows` equal windows."""
-    empty = num_windows == 0 or seqlen == 0
-    groups = () if empty else (Group(num_windows, seqlen, seqlen, 0, 0, None, None, None),)
+def uniform_plan(num_segments: int, len_q: int, len_k: int) -> Plan:
+    """The plan of `num_segments` equal segments."""
+    empty = num_segments == 0 or len_q == 0 or len_k == 0
+    groups = () if empty else (Group(num_segments, len_q, len_k, 0, 0, None, None, None),)
     return Plan(groups, not empty, not empty, not empty)
 
 

@@ -120,21 +120,26 @@ def dense(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The same function from differentiable operations alone; memory grows with total_q * total_k."""
+    segment_q = segments_of(cu_seqlens_q, q)
+    return dense_where(q, k, v, segment_q[:, None] == segments_of(cu_seqlens_k, k)[None, :], softmax_scale)
+
+
+def segments_of(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
+    """cu_seqlens [num_segments + 1] -> [len(rows)], the index of each row's segment plus one."""
+    index = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
+    return torch.searchsorted(cu_seqlens, index, right=True)
+
+
+def dense_where(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float):
+    """`dense` with visible [total_q, total_k], True where a query sees a key."""
     dtype = compute_dtype(q.dtype)
     groups = q.shape[1] // k.shape[1]
     qc, kc, vc = (x.to(dtype).transpose(0, 1) for x in (q, k, v))  # [heads, tokens, head_dim]
     kc, vc = (x.repeat_interleave(groups, 0) for x in (kc, vc))
-    segment_q = torch.searchsorted(
-        cu_seqlens_q, torch.arange(q.shape[0], device=q.device, dtype=torch.int32), right=True
-    )
-    segment_k = torch.searchsorted(
-        cu_seqlens_k, torch.arange(k.shape[0], device=q.device, dtype=torch.int32), right=True
-    )
-    hidden = segment_q[:, None] != segment_k[None, :]  # [total_q, total_k]
-    keyless = hidden.all(1)  # [total_q]
+    keyless = ~visible.any(1)  # [total_q]
     # A keyless row is let through, so that no softmax of an empty set puts a NaN into a gradient, and then
     # zeroed.
-    scores = (qc @ kc.transpose(1, 2) * softmax_scale).masked_fill(hidden & ~keyless[:, None], -torch.inf)
+    scores = (qc @ kc.transpose(1, 2) * softmax_scale).masked_fill(~visible & ~keyless[:, None], -torch.inf)
     if k.shape[0] == 0:
         scores = torch.cat([scores, scores.new_zeros((*scores.shape[:2], 1))], 2)
         vc = torch.cat([vc, vc.new_zeros((vc.shape[0], 1, vc.shape[2]))], 1)

@@ -120,6 +120,7 @@ def attention_backward_kernel(
     dv_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    query_ranges_ptr,
     stride_q_head,
     stride_k_head,
     stride_v_head,
@@ -152,8 +153,9 @@ def attention_backward_kernel(
 ):
     """One tile of keys behind the prefix, all queries of its segment, all query heads of its key head."""
     tile, start_k, len_k, start_q, len_q = tile_of(
-        cu_seqlens_k_ptr, cu_seqlens_q_ptr, total_k, total_q, num_segments, seqlen, num_tiles, BLOCK_N
-    )
+        cu_seqlens_k_ptr, cu_seqlens_q_ptr, query_ranges_ptr, total_k, total_q, num_segments, seqlen,
+        num_tiles, BLOCK_N,
+    )  # fmt: skip
     kv_head = tl.program_id(1).to(tl.int64)
     prefix_q = NUM_PREFIX if EVEN_Q else tl.minimum(NUM_PREFIX, len_q)
     prefix_k = NUM_PREFIX if EVEN_K else tl.minimum(NUM_PREFIX, len_k)
@@ -250,6 +252,7 @@ def attention_backward_dq_kernel(
     dq_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    key_ranges_ptr,
     stride_q_token,
     stride_q_head,
     stride_k_token,
@@ -278,8 +281,9 @@ def attention_backward_dq_kernel(
     """Deterministic dq: one tile of the queries of a segment, prefix included, over the keys behind the
     prefix. The prefix keys' share is in dq_sum, None without a prefix."""
     tile, start_q, len_q, start_k, len_k = tile_of(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k, num_segments, seqlen, num_tiles, BLOCK_M
-    )
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, key_ranges_ptr, total_q, total_k, num_segments, seqlen, num_tiles,
+        BLOCK_M,
+    )  # fmt: skip
     num_heads = tl.num_programs(1)
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // HEADS_PER_KV_HEAD

@@ -64,7 +64,7 @@ def attention_backward_prepare_kernel(
     [slots, heads, NUM_PREFIX, 2, HEAD_DIM], this tile's share of dk and dv of the prefix keys.
     """
     tile, start_q, len_q, start_k, len_k = tile_of(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k, num_segments, seqlen, num_tiles, BLOCK_M
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, None, total_q, total_k, num_segments, seqlen, num_tiles, BLOCK_M
     )
     num_heads = tl.num_programs(1)
     head = tl.program_id(1).to(tl.int64)
@@ -143,7 +143,7 @@ def attention_backward_finish_kernel(
 ):
     """The tiles of `prepare`; the program of a segment's first one also sums dk and dv of its prefix keys."""
     tile, start_q, len_q, start_k, len_k = tile_of(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k, num_segments, seqlen, num_tiles, BLOCK_M
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, None, total_q, total_k, num_segments, seqlen, num_tiles, BLOCK_M
     )
     if tile < 0:
         return

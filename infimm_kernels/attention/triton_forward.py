@@ -197,6 +197,7 @@ def attention_forward_kernel(
     lse_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    key_ranges_ptr,
     stride_q_token,
     stride_q_head,
     stride_k_token,
@@ -225,8 +226,9 @@ def attention_forward_kernel(
     """out, lse are contiguous. EVEN_Q, EVEN_K: behind the prefix every segment is one or more whole tiles."""
     scale = softmax_scale * LOG2_E if FUSED_SCALE else softmax_scale
     tile, start_q, len_q, start_k, len_k = tile_of(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k, num_segments, seqlen, num_tiles, BLOCK_M
-    )
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, key_ranges_ptr, total_q, total_k, num_segments, seqlen, num_tiles,
+        BLOCK_M,
+    )  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // HEADS_PER_KV_HEAD
     prefix_q = tl.minimum(NUM_PREFIX, len_q)

@@ -57,10 +57,12 @@ def forward(
     seqlen: int,
     softmax_scale: float,
     num_prefix_tokens: int,
+    key_ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [total_q, num_heads, head_dim], k v [total_k, num_kv_heads, head_dim] -> out, lse [heads, total_q].
 
-    Without cu_seqlens all segments have `seqlen` tokens; with them seqlen is 0.
+    Without cu_seqlens all segments have `seqlen` tokens; with them seqlen is 0. key_ranges: contiguous int32
+    [num_segments, 2], the keys that each segment sees where those are not cu_seqlens_k's; without prefix.
     """
     total_q, num_heads, head_dim = q.shape
     num_prefix_tokens = peeled_tokens(num_prefix_tokens, head_dim, q.dtype)
@@ -81,6 +83,7 @@ def forward(
             lse,
             slots.cu_seqlens,
             slots.other_cu_seqlens,
+            key_ranges,
             *q.stride()[:2],
             *k.stride()[:2],
             *v.stride()[:2],
@@ -141,11 +144,14 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    key_ranges: Tensor | None = None,
+    query_ranges: Tensor | None = None,
 ) -> None:
     """Write the gradients into dq, dk and dv: the shapes of q, k and v, any strides with a unit last one.
 
     out, lse: the results of the forward, float16 or bfloat16 and float32; dlse: float32 [num_heads, total_q]
-    or None. cu_seqlens and seqlen as in `forward`.
+    or None. cu_seqlens, seqlen and key_ranges as in `forward`; query_ranges: the queries that see the keys of
+    each segment.
     """
     total_q, num_heads, head_dim = q.shape
     total_k, num_kv_heads = k.shape[:2]
@@ -203,7 +209,7 @@ def backward(
         slots = _grid(cu_seqlens_k, cu_seqlens_q, total_k, seqlen, num_prefix_tokens, config.block_n)
         attention_backward_kernel[slots.num_slots, num_kv_heads](
             *(q, k, v, dout, lse, delta, None if deterministic else dq_sum, dk, dv),
-            *(slots.other_cu_seqlens, slots.cu_seqlens),
+            *(slots.other_cu_seqlens, slots.cu_seqlens, query_ranges),
             *strides[1::2],
             *dk.stride()[:2],
             *dv.stride()[:2],
@@ -225,7 +231,7 @@ def backward(
             slots = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, 0, config.block_m)
             attention_backward_dq_kernel[slots.num_slots, num_heads](
                 *(q, k, v, dout, lse, delta, dq_sum, dq),
-                *(slots.cu_seqlens, slots.other_cu_seqlens),
+                *(slots.cu_seqlens, slots.other_cu_seqlens, key_ranges),
                 *strides,
                 *dq.stride()[:2],
                 *sizes(slots),
@@ -289,13 +295,14 @@ class Case(NamedTuple):
     dtype: str = "bf16"
     heads_per_kv_head: int = 1
     negative_scale: bool = False
+    overlapping: bool = False
 
     def __str__(self) -> str:
         parts = [f"head_dim={self.head_dim}", f"prefix={self.num_prefix_tokens}", self.dtype]
         parts.append("even" if self.even else "ragged")
         if self.heads_per_kv_head > 1:
             parts.append(f"group={self.heads_per_kv_head}")
-        return " ".join(parts + ["negative_scale"] * self.negative_scale)
+        return " ".join(parts + ["negative_scale"] * self.negative_scale + ["overlapping"] * self.overlapping)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -309,6 +316,7 @@ CASES = (
     Case(64, 0, False, heads_per_kv_head=4),
     Case(112, 1, False, "fp16"),
     Case(112, 1, False, negative_scale=True),
+    Case(64, 0, False, overlapping=True),
     *(Case(head_dim, 0, False, "fp32") for head_dim in (16, 64, 112, 256)),
 )
 
@@ -357,6 +365,8 @@ def _backward_configs(case: Case, capability: tuple[int, int], deterministic: bo
             (attention_backward_finish_kernel, rows._replace(num_warps=4), with_dq, absent),
         ]
     for kernel, config, options, none in kernels:
+        if case.overlapping and not any(name.endswith("_ranges_ptr") for name in kernel.arg_names):
+            continue  # the same as without
         blocks = options | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         direction = "bwd deterministic" if deterministic else "bwd"
         yield _aot_config(kernel, direction, case, capability, config, blocks, none)
@@ -387,13 +397,14 @@ def _aot_config(
     constexprs |= options
     constexprs |= {f"STRIDE_{name}": 3 * heads * case.head_dim for name in "QKV"}
     absent = [*absent, *(["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"] if case.even else [])]
+    absent += [] if case.overlapping else ["key_ranges_ptr", "query_ranges_ptr"]
     constexprs |= dict.fromkeys(absent)
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
         if name in constexprs:
             continue
-        if name.startswith("cu_seqlens"):
+        if name.startswith("cu_seqlens") or name.endswith("_ranges_ptr"):
             signature[name] = "*i32"
         elif name in ("lse_ptr", "dlse_ptr", "delta_ptr", "dq_sum_ptr", "prefix_sum_ptr"):
             signature[name] = "*fp32"

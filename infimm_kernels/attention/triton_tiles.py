@@ -263,12 +263,29 @@ def bounds(cu_seqlens_ptr, segment, total):
 
 
 @triton.jit
+def _range_bounds(ranges_ptr, segment, total):
+    """`bounds` of a segment whose (first, end) are given, and may overlap those of others."""
+    start = tl.minimum(tl.maximum(tl.load(ranges_ptr + 2 * segment), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(ranges_ptr + 2 * segment + 1), start), total)
+    return start, end - start
+
+
+@triton.jit
 def tile_of(
-    cu_seqlens_ptr, other_ptr, total, other_total, num_segments, seqlen, num_tiles, BLOCK: tl.constexpr
+    cu_seqlens_ptr,
+    other_ptr,
+    other_ranges_ptr,
+    total,
+    other_total,
+    num_segments,
+    seqlen,
+    num_tiles,
+    BLOCK: tl.constexpr,
 ):
     """This program's place -> tile, start and length of its segment, start and length on the other side.
 
-    Without cu_seqlens every segment has seqlen tokens on both sides, and num_tiles tiles.
+    Without cu_seqlens every segment has seqlen tokens on both sides, and num_tiles tiles. other_ranges, int32
+    [num_segments, 2], stand in for cu_seqlens on the other side.
     """
     slot = tl.program_id(0)
     if cu_seqlens_ptr is None:
@@ -278,5 +295,8 @@ def tile_of(
     else:
         segment = segment_of(cu_seqlens_ptr, slot, total, num_segments, BLOCK)
         start, length = bounds(cu_seqlens_ptr, segment, total)
-        other_start, other_length = bounds(other_ptr, segment, other_total)
+        if other_ranges_ptr is None:
+            other_start, other_length = bounds(other_ptr, segment, other_total)
+        else:
+            other_start, other_length = _range_bounds(other_ranges_ptr, segment, other_total)
         return slot - start // BLOCK - segment, start, length, other_start, other_length

@@ -1,9 +1,12 @@
 """gated_cross_attention: attention to the preceding image, projection, gate, residual; built of two ops."""
 
+import torch
 from torch import Tensor
 
-from infimm_kernels import autodiff, checks
+from infimm_kernels import autodiff, backends, checks
 from infimm_kernels.attention import varlen_attention
+from infimm_kernels.attention.overlapping import overlapping_attention
+from infimm_kernels.gated_cross_attention import decode
 from infimm_kernels.gated_cross_attention.segments import MediaSegments
 from infimm_kernels.gated_residual import gated_residual_projection
 from infimm_kernels.gated_residual.op import check_branch, check_gate
@@ -37,10 +40,13 @@ def gated_cross_attention(
         attn_gate: [hidden], before the tanh; dtype of x or of out_weight.
         segments: from `media_segments` or `decode_segments`, on the device of x.
         softmax_scale: head_dim**-0.5 when None.
-        backend: for both ops; see `infimm_kernels.backends`.
+        backend: for each of the ops; see `infimm_kernels.backends`.
 
     Returns:
         a new tensor of the shape and dtype of x.
+
+    Up to 8 new tokens a sample with the segments of `decode_segments`, where no gradient is recorded, run as
+    one op that splits the keys of a sample among the processors: two kernels on a GPU.
 
     Under autocast query, key, value and out_weight are cast to its dtype; x and attn_gate stay.
 
@@ -76,18 +82,55 @@ def gated_cross_attention(
         checks.fail("segments", "be MediaSegments", type(segments).__name__)
     checks.tensor("segments.text_mask", segments.text_mask, 2, "[batch, text_len]")
     checks.shape("segments.text_mask", segments.text_mask, x.shape[:2], "[batch, text_len]")
-    out = varlen_attention(
-        query.flatten(0, 1),
-        key,
-        value,
-        segments.cu_seqlens_q,
-        segments.cu_seqlens_k,
-        softmax_scale=softmax_scale,
-        backend=backend,
-    )
+    if segments.key_ranges is not None and decode.serves(x, query, key, value, out_weight, attn_gate):
+        checks.cu_seqlens("segments.cu_seqlens_k", segments.cu_seqlens_k, "x", x)
+        if checks.is_readable(segments.cu_seqlens_k) and segments.cu_seqlens_k[-1] != key.shape[0]:
+            rule = f"have the vision tokens that segments count ({int(segments.cu_seqlens_k[-1])})"
+            checks.fail("key", rule, key.shape[0])
+        (out_weight,) = autodiff.to_autocast_dtype(out_weight)
+        return decode.gated_cross_attention_decode(
+            x,
+            query,
+            key,
+            value,
+            out_weight,
+            attn_gate,
+            segments.key_ranges,
+            segments.max_keys,
+            softmax_scale,
+            backend,
+        )
+    cu_seqlens = segments.cu_seqlens_q, segments.cu_seqlens_k
+    if segments.segment_key_ranges is None:
+        out = varlen_attention(
+            query.flatten(0, 1), key, value, *cu_seqlens, softmax_scale=softmax_scale, backend=backend
+        )
+    else:
+        ranges = _checked_ranges(segments, x)
+        scale = checks.softmax_scale(softmax_scale, head_dim)
+        backends.check(backend)
+        q, k, v = map(checks.unit_last_stride, (query.flatten(0, 1), key, value))
+        out = overlapping_attention(q, k, v, *cu_seqlens, *ranges, scale, backend)
     out = out.reshape(
         *x.shape[:2], query.shape[2] * query.shape[3]
     )  # [batch, text_len, num_heads * head_dim]
     return gated_residual_projection(
         x, out, out_weight, attn_gate, row_mask=segments.text_mask, backend=backend
     )
+
+
+def _checked_ranges(segments: MediaSegments, x: Tensor) -> tuple[Tensor, Tensor]:
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        checks.cu_seqlens(f"segments.{name}", getattr(segments, name), "x", x)
+    shape = (segments.cu_seqlens_q.shape[0] - 1, 2)
+    checks.shape("segments.cu_seqlens_k", segments.cu_seqlens_k, (shape[0] + 1,), "[num_segments + 1]")
+    ranges = []
+    for name in ("segment_key_ranges", "segment_query_ranges"):
+        value = getattr(segments, name)
+        checks.tensor(f"segments.{name}", value, 2, "[num_segments, 2]")
+        if value.dtype != torch.int32:
+            checks.fail(f"segments.{name}", "have dtype torch.int32", value.dtype)
+        checks.same_device(f"segments.{name}", value, "x", x)
+        checks.shape(f"segments.{name}", value, shape, "[num_segments, 2]")
+        ranges.append(value.contiguous())
+    return tuple(ranges)

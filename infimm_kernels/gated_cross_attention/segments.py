@@ -2,7 +2,8 @@
 
 The text of every sample is cut at each `<image>` token. The piece that an `<image>` token starts has that
 image's vision tokens as keys; the piece before the first one has no keys. So the mask needs no memory and a
-varlen attention needs no mask. See Alayrac et al. 2022, section 2.4, for the rule.
+varlen attention needs no mask. See Alayrac et al. 2022, section 2.4, for the rule. Without it a piece has the
+vision tokens of all images of its sample up to its own, a range too, and ranges overlap.
 """
 
 from collections.abc import Sequence
@@ -22,15 +23,31 @@ class MediaSegments(NamedTuple):
     cu_seqlens_q, cu_seqlens_k: int32 [batch + num_images + 1], cumulative lengths in the flattened text
     [batch * text_len] and in the packed vision tokens. text_mask: bool [batch, text_len], False for text
     before any image of its sample.
+
+    segment_key_ranges, segment_query_ranges: int32 [batch + num_images, 2], None where a text token sees one
+    image alone; else the (first, end) of the vision tokens that the text of a segment sees, and of the text
+    that sees the vision tokens of a segment.
+
+    Of `decode_segments` alone, for the kernels of few queries: key_ranges, int32 [batch, 2], are the (first,
+    end) of each sample's keys in the packed vision tokens, (0, 0) where it has none. max_keys, the longest
+    range, is a hint: a wrong one costs time and changes no result.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     text_mask: Tensor
+    segment_key_ranges: Tensor | None = None
+    segment_query_ranges: Tensor | None = None
+    key_ranges: Tensor | None = None
+    max_keys: int = 0
 
 
 def media_segments(
-    media_locations: Tensor, vision_seqlens: Sequence[int] | Tensor, images_per_sample: Sequence[int] | Tensor
+    media_locations: Tensor,
+    vision_seqlens: Sequence[int] | Tensor,
+    images_per_sample: Sequence[int] | Tensor,
+    *,
+    only_attend_immediate_media: bool = True,
 ) -> MediaSegments:
     """Cut a batch of texts at its `<image>` tokens. Made once per batch and shared by every layer.
 
@@ -39,6 +56,8 @@ def media_segments(
             is waited for, so hand over the CPU copy where there is one.
         vision_seqlens: [num_images], the number of vision tokens of each image, in order of appearance.
         images_per_sample: [batch].
+        only_attend_immediate_media: False lets a text token see all images of its sample before it, instead
+            of the last one alone.
 
     Returns:
         MediaSegments on the device of media_locations. Each sample gives a leading segment without keys (of
@@ -52,6 +71,7 @@ def media_segments(
     checks.tensor("media_locations", media_locations, 2, "[batch, text_len]")
     if media_locations.dtype != torch.bool:
         checks.fail("media_locations", "have dtype torch.bool", media_locations.dtype)
+    checks.flag("only_attend_immediate_media", only_attend_immediate_media)
     device = media_locations.device
     if device.type == "meta":
         checks.fail("media_locations", "be on a CPU or CUDA device, its values are read", device)
@@ -74,10 +94,14 @@ def media_segments(
     # Stable: where a sample starts with <image>, its empty leading segment stays in front.
     starts, order = starts.sort(stable=True)
     num_keys = torch.cat((torch.zeros(batch, dtype=torch.int64, device="cpu"), lengths))[order]
+    cu_seqlens_q = torch.cat((starts, torch.tensor([batch * text_len], device="cpu"))).to(torch.int32)
+    cu_seqlens_k = _cumulative("vision_seqlens", num_keys)
+    ranges = () if only_attend_immediate_media else _overlapping_ranges(cu_seqlens_q, cu_seqlens_k, images)
     return MediaSegments(
-        torch.cat((starts, torch.tensor([batch * text_len], device="cpu"))).to(device, torch.int32),
-        _cumulative("vision_seqlens", num_keys).to(device),
+        cu_seqlens_q.to(device),
+        cu_seqlens_k.to(device),
         media_locations.cumsum(1) > 0,
+        *(r.to(device) for r in ranges),
     )
 
 
@@ -86,6 +110,7 @@ def decode_segments(
     images_per_sample: Sequence[int] | Tensor,
     *,
     text_len: int = 1,
+    only_attend_immediate_media: bool = True,
     device: torch.device | str | None = None,
 ) -> MediaSegments:
     """The segments of generated text: every sample's `text_len` new tokens see that sample's last image.
@@ -96,6 +121,7 @@ def decode_segments(
     Args:
         vision_seqlens, images_per_sample: as in `media_segments`.
         text_len: new tokens per sample.
+        only_attend_immediate_media: False lets them see all images of their sample.
         device: of the result; the CPU when None.
 
     Raises:
@@ -103,6 +129,7 @@ def decode_segments(
     """
     if not isinstance(text_len, int) or isinstance(text_len, bool) or text_len < 0:
         checks.fail("text_len", "be a non-negative integer", text_len)
+    checks.flag("only_attend_immediate_media", only_attend_immediate_media)
     lengths, images = _counts(vision_seqlens, images_per_sample)
     batch = len(images)
     leading = (
@@ -114,10 +141,36 @@ def decode_segments(
     num_keys[is_image] = lengths
     num_queries = torch.zeros_like(num_keys)
     num_queries[leading + images] = text_len
+    cu_seqlens_q, cu_seqlens_k = (
+        _cumulative("text_len", num_queries),
+        _cumulative("vision_seqlens", num_keys),
+    )
+    # The segment of a sample's queries is its last image, or its leading one: (first, end) with end == first.
+    last = leading + images
+    first = last if only_attend_immediate_media else leading
+    key_ranges = torch.stack((cu_seqlens_k[first], cu_seqlens_k[last + 1]), 1)
+    key_counts = key_ranges[:, 1] - key_ranges[:, 0]
+    ranges = (None, None)
+    if not only_attend_immediate_media:
+        ranges = (r.to(device) for r in _overlapping_ranges(cu_seqlens_q, cu_seqlens_k, images))
     return MediaSegments(
-        _cumulative("text_len", num_queries).to(device),
-        _cumulative("vision_seqlens", num_keys).to(device),
+        cu_seqlens_q.to(device),
+        cu_seqlens_k.to(device),
         (images > 0).unsqueeze(1).repeat(1, text_len).to(device),
+        *ranges,
+        key_ranges=key_ranges.masked_fill_(key_counts.unsqueeze(1) == 0, 0).to(device),
+        max_keys=int(key_counts.max()) if batch else 0,
+    )
+
+
+def _overlapping_ranges(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """segment_key_ranges and segment_query_ranges: from a sample's first key on, to its last query."""
+    counts = images + 1
+    ends = counts.cumsum(0)
+    first, end = (x.repeat_interleave(counts) for x in (ends - counts, ends))
+    return (
+        torch.stack((cu_seqlens_k[first], cu_seqlens_k[1:]), 1),
+        torch.stack((cu_seqlens_q[:-1], cu_seqlens_q[end]), 1),
     )
 
 

@@ -39,6 +39,12 @@ def gated_residual_projection(
     precision as in ``x + linear(o)``, and the dtype of weight that gate may have is the one before the cast.
     Forward-mode AD, torch.func transforms and the backward of the backward run a plain PyTorch version.
 
+    Saved for the backward are o, weight, gate and row_mask alone; gradients that nothing needs are not
+    computed. Results and gradients are the same bits in every run. In Triton, where inner is above 1024 and
+    there are more than 64 rows, o @ weight^T (not in float16) is a product of PyTorch's library, under its
+    settings (TF32, reduced-precision sums), with one element-wise kernel behind it; so is the gradient of o,
+    whatever the number of rows. Which is faster was not measured yet.
+
     Raises:
         ValueError: an argument breaks a rule above, or the named backend cannot run.
         NotImplementedError: no GPU backend can serve the call.
@@ -61,11 +67,7 @@ def gated_residual_projection(
     checks.shape("weight", weight, (hidden, inner), "[hidden, inner]")
     checks.shape("gate", gate, (hidden,), "[hidden]")
     if row_mask is not None:
-        checks.tensor("row_mask", row_mask)
-        if row_mask.dtype != torch.bool:
-            checks.fail("row_mask", "have dtype torch.bool", row_mask.dtype)
-        checks.same_device("row_mask", row_mask, "x", x)
-        checks.shape("row_mask", row_mask, x.shape[:-1], "the leading shape of x")
+        check_row_mask(row_mask, x)
     backends.check(backend)
     return _call(x, o, weight, gate, row_mask, backend)
 
@@ -86,20 +88,30 @@ def check_gate(argument: str, gate: Tensor, x: Tensor, weight_name: str, weight:
     checks.same_device(argument, gate, "x", x)
 
 
+def check_row_mask(row_mask: Tensor, x: Tensor) -> None:
+    checks.tensor("row_mask", row_mask)
+    if row_mask.dtype != torch.bool:
+        checks.fail("row_mask", "have dtype torch.bool", row_mask.dtype)
+    checks.same_device("row_mask", row_mask, "x", x)
+    checks.shape("row_mask", row_mask, x.shape[:-1], "the leading shape of x")
+
+
 _library = torch.library.Library("infimm_kernels", "FRAGMENT")
 _library.define(
     "gated_residual_projection(Tensor x, Tensor o, Tensor weight, Tensor gate, Tensor? row_mask,"
     " str? backend) -> Tensor"
 )
+# needs: which of the three gradients to compute; the others come back empty.
 _library.define(
-    "gated_residual_projection_backward(Tensor dy, Tensor o, Tensor weight, Tensor gate, Tensor? row_mask)"
-    " -> (Tensor do, Tensor dweight, Tensor dgate)"
+    "gated_residual_projection_backward(Tensor dy, Tensor o, Tensor weight, Tensor gate, Tensor? row_mask,"
+    " bool[3] needs=[True, True, True], str? backend=None) -> (Tensor do, Tensor dweight, Tensor dgate)"
 )
 
 
 # --- kernel choice ------------------------------------------------------------------------------------------
 
 
+EVERY_GRADIENT = (True, True, True)
 CANDIDATES = (backends.Candidate("triton", backends.why_not_triton),)
 
 
@@ -113,8 +125,17 @@ def _kernel(x, o, weight, gate, row_mask, backend):
 
 
 @autodiff.without_autocast
-def _backward_kernel(dy, o, weight, gate, row_mask):
-    return tuple(grad.contiguous() for grad in reference.backward(dy, o, weight, gate, row_mask))
+def _backward_kernel(dy, o, weight, gate, row_mask, needs=EVERY_GRADIENT, backend=None):
+    if backends.select("gated_residual_projection", CANDIDATES, backend, dy, o, weight, gate) == "triton":
+        from infimm_kernels.gated_residual.triton_backward import launch_gated_residual_backward
+
+        grads = launch_gated_residual_backward(dy, o, weight, gate, row_mask, needs)
+    else:
+        grads = reference.backward(dy, o, weight, gate, row_mask, needs)
+    return tuple(
+        x.new_empty(0) if grad is None else grad.contiguous()
+        for x, grad in zip((o, weight, gate), grads, strict=True)
+    )
 
 
 for _device in ("CPU", "CUDA"):
@@ -131,8 +152,9 @@ def _fake(x, o, weight, gate, row_mask, backend):
 
 
 @torch.library.register_fake("infimm_kernels::gated_residual_projection_backward", lib=_library)
-def _backward_fake(dy, o, weight, gate, row_mask):
-    return o.new_empty(o.shape), weight.new_empty(weight.shape), gate.new_empty(gate.shape)
+def _backward_fake(dy, o, weight, gate, row_mask, needs=EVERY_GRADIENT, backend=None):
+    inputs = zip((o, weight, gate), needs, strict=True)
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in inputs)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------
@@ -149,18 +171,21 @@ def _call(*args):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:5])
+    ctx.backend = inputs[5]
 
 
 def _autograd(ctx, dy):
     o, weight, gate, row_mask = ctx.saved_tensors
-    if not any(ctx.needs_input_grad[1:4]):
+    needs = ctx.needs_input_grad[1:4]
+    if not any(needs):
         return dy, None, None, None, None, None
     if torch.is_grad_enabled():
-        grads = reference.backward(dy, o, weight, gate, row_mask)
+        grads = reference.backward(dy, o, weight, gate, row_mask, needs)
     else:
         grads = torch.ops.infimm_kernels.gated_residual_projection_backward.default(
-            dy, o, weight, gate, row_mask
+            dy, o, weight, gate, row_mask, needs, ctx.backend
         )
+        grads = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dy, *grads, None, None
 
 

@@ -17,6 +17,7 @@ autocast; a rounded S would double the error of dgate, so there the second forms
 import torch
 from torch import Tensor
 
+from infimm_kernels import few_rows
 from infimm_kernels.autodiff import compute_dtype
 
 
@@ -37,31 +38,51 @@ def differentiable(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor, row_mask:
 
 
 def backward(
-    dy: Tensor, o: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of o, weight and gate, each in its dtype; that of x is dy itself."""
+    dy: Tensor,
+    o: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    row_mask: Tensor | None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of o, weight and gate, each in its dtype, or None; that of x is dy itself."""
+    needs_do, needs_dweight, needs_dgate = needs
     dtype = compute_dtype(torch.promote_types(dy.dtype, gate.dtype))
     product_dtype = _product_dtype(o, dtype)
     dm = dy.to(dtype)
     if row_mask is not None:
         dm = dm.masked_fill(~row_mask.unsqueeze(-1), 0.0)
-        o = o.masked_fill(~row_mask.unsqueeze(-1), 0.0)  # or a NaN in a masked row would reach S
     t = gate.to(dtype).tanh()
-    wp, dmt = weight.to(product_dtype), (dm * t).to(product_dtype)
-    do = dmt @ wp
-    op, dm, dmt = (y.flatten(0, -2) if y.dim() > 1 else y[None] for y in (o.to(product_dtype), dm, dmt))
-    if product_dtype == dtype:
-        s = dm.t() @ op
-        dweight, sums = t.unsqueeze(1) * s, (wp * s).sum(1)
-    else:
-        dweight, sums = dmt.t() @ op, (dm * torch.nn.functional.linear(op, wp)).sum(0)
-    return do.to(o.dtype), dweight.to(weight.dtype), ((1 - t * t) * sums).to(gate.dtype)
+    wp = weight.to(product_dtype)
+    do = dweight = dgate = dmt = None
+    if needs_do or (needs_dweight and product_dtype != dtype):
+        dmt = (dm * t).to(product_dtype)
+    if needs_do:
+        do = (dmt @ wp).to(o.dtype)
+    if needs_dweight or needs_dgate:
+        if row_mask is not None:
+            o = o.masked_fill(~row_mask.unsqueeze(-1), 0.0)  # or a NaN in a masked row would reach S
+        op, dm = _rows(o.to(product_dtype)), _rows(dm)
+        if product_dtype == dtype:
+            s = dm.t() @ op
+            dweight = (t.unsqueeze(1) * s).to(weight.dtype) if needs_dweight else None
+            sums = (wp * s).sum(1) if needs_dgate else None
+        else:
+            dweight = (_rows(dmt).t() @ op).to(weight.dtype) if needs_dweight else None
+            sums = (dm * torch.nn.functional.linear(op, wp)).sum(0) if needs_dgate else None
+        if needs_dgate:
+            dgate = ((1 - t * t) * sums).to(gate.dtype)
+    return do, dweight, dgate
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def _update(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     dtype = compute_dtype(torch.promote_types(x.dtype, gate.dtype))
     product_dtype = _product_dtype(o, dtype)
-    m = torch.nn.functional.linear(o.to(product_dtype), weight.to(product_dtype))
+    m = few_rows.linear(o.to(product_dtype), weight.to(product_dtype))
     return m.to(dtype) * gate.to(dtype).tanh()
 
 

@@ -36,28 +36,56 @@ def coordinates(positions: Tensor, granularity: str, window_shape: tuple[int, in
     return x, y
 
 
+def tables(
+    positions: Tensor, granularity: str, window_shape: tuple[int, int], hidden: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The two halves of the encoding, [num_windows, 1, w, half] and [num_windows, h, 1, half].
+
+    Where a window has no position they are -0.0: x + (-0.0) is x bit for bit, its negative zeros too.
+    """
+    absent = (positions < 0).any(1)[:, None, None]
+    pe_x, pe_y = (
+        sinusoid(coordinate, hidden // 2, dtype).masked_fill(absent, -0.0)
+        for coordinate in coordinates(positions, granularity, window_shape)
+    )
+    return pe_x.unsqueeze(1), pe_y.unsqueeze(2)
+
+
 def forward(
     x: Tensor, positions: Tensor, granularity: str, window_shape: tuple[int, int], num_prefix_tokens: int
 ) -> Tensor:
-    """x [num_windows, seqlen, hidden], positions [num_windows, 2] -> like x."""
+    """x [num_windows, seqlen, hidden], positions [num_windows, 2] -> like x; differentiable."""
     dtype = compute_dtype(x.dtype)
-    half = x.shape[2] // 2
-    absent = (positions < 0).any(1)[:, None, None]
-    columns, rows = coordinates(positions, granularity, window_shape)
-    # x + (-0.0) is x bit for bit, so a window without a position keeps even its negative zeros.
-    pe_x = sinusoid(columns, half, dtype).masked_fill(absent, -0.0)  # [num_windows, w, half]
-    pe_y = sinusoid(rows, half, dtype).masked_fill(absent, -0.0)  # [num_windows, h, half]
-    prefix = 0 if granularity == "window" else num_prefix_tokens
+    pe_x, pe_y = tables(positions, granularity, window_shape, x.shape[2], dtype)
+    height, width = pe_y.shape[1], pe_x.shape[2]
+    pe = torch.cat((pe_x.expand(-1, height, -1, -1), pe_y.expand(-1, -1, width, -1)), 3).flatten(1, 2)
     if granularity == "window":
-        pe = torch.cat((pe_x, pe_y), 2)  # [num_windows, 1, hidden]
+        return (x.to(dtype) + pe).to(x.dtype)
+    placed = (x[:, num_prefix_tokens:].to(dtype) + pe).to(x.dtype)
+    return torch.cat((x[:, :num_prefix_tokens], placed), 1) if num_prefix_tokens else placed
+
+
+def add_into(
+    out: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    granularity: str,
+    window_shape: tuple[int, int],
+    num_prefix_tokens: int,
+) -> None:
+    """`forward` written into `out`, which may be x; no temporary where x has the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    if granularity == "token" and num_prefix_tokens:
+        if out is not x:
+            out[:, :num_prefix_tokens] = x[:, :num_prefix_tokens]
+        out, x = out[:, num_prefix_tokens:], x[:, num_prefix_tokens:]
+    pe_x, pe_y = tables(positions, granularity, window_shape, x.shape[2], dtype)
+    wide_out, wide_x = (out, x) if x.dtype == dtype else (x.to(dtype),) * 2
+    if granularity == "window":
+        torch.add(wide_x, torch.cat((pe_x, pe_y), 3).squeeze(1), out=wide_out)
     else:
-        height, width = window_shape
-        pe = torch.cat(
-            (
-                pe_x.unsqueeze(1).expand(-1, height, -1, -1),
-                pe_y.unsqueeze(2).expand(-1, -1, width, -1),
-            ),
-            3,
-        ).flatten(1, 2)  # [num_windows, h * w, hidden]
-    placed = (x[:, prefix:].to(dtype) + pe).to(x.dtype)
-    return torch.cat((x[:, :prefix], placed), 1) if prefix else placed
+        halves = (t.unflatten(1, window_shape).tensor_split(2, 3) for t in (wide_out, wide_x))
+        for out_half, x_half, pe in zip(*halves, (pe_x, pe_y), strict=True):
+            torch.add(x_half, pe, out=out_half)
+    if wide_out is not out:
+        out.copy_(wide_out)

@@ -1,5 +1,6 @@
 """`python -m bench.gpu` from one end to the other, on the CPU, and the steps before its measurements."""
 
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,15 @@ from bench.problem import OURS
 from bench.report import by_case
 
 ROOT = Path(__file__).parent.parent.parent
+GATED_BLOCK = (
+    "decode",
+    "prefill",
+    "vision_keys_values",
+    "gated",
+    "feed_forward",
+    "post_norm",
+    "position",
+)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -84,7 +94,57 @@ def test_the_full_plan_is_sound():
     head_dims = {case.shape["head_dim"] for case in cases if case.section in ("head_dim", "main")}
     assert head_dims == {64, 80, 88, 112, 128}
     sections = list(dict.fromkeys(case.section for case in cases))
-    assert sections[:3] == ["host", "ceilings", "main"]
+    assert sections[:6] == ["host", "ceilings", "main", "decode", "prefill", "vision_keys_values"]
+
+
+def test_the_full_plan_covers_the_gated_block():
+    found = {}
+    for case in plan.full_plan():
+        if case.metric == "time":
+            found.setdefault(case.op, []).append((case.shape, case.backward))
+
+    def values(op: str, *keys: str) -> set[tuple]:
+        return {(*(shape[key] for key in keys), backward) for shape, backward in found[op]}
+
+    texts, images, passes = (32, 128, 384, 1024, 2048), (1, 5, 10), (False, True)
+    assert values("gated_cross_attention", "text_len", "num_windows") == {
+        *itertools.product(texts, images, passes)
+    }
+    assert values("gated_cross_attention_decode", "batch", "num_windows") == {
+        *itertools.product((1, 8, 64), images, (False,))
+    }
+    assert values("gated_residual_projection", "hidden", "inner", "rows") == {
+        *itertools.product((5120,), (768, 5120), (*texts, 8192), passes)
+    }
+    assert values("vision_keys_values", "num_windows", "seqlen", "num_layers") >= {
+        *itertools.product((10,), (1025,), (10,), passes)
+    }
+    assert values("gated_feed_forward", "hidden", "inner") == {(5120, 5120, False), (5120, 5120, True)}
+    assert values("residual_post_norm", "hidden") == {(1792, False), (1792, True)}
+    assert values("add_position_2d", "granularity", "in_place") == {
+        *itertools.product(("window", "token"), (False, True), (False,))
+    }
+
+
+def test_torch_compile_stands_beside_the_first_case_of_a_section():
+    compiled = [case for case in plan.full_plan() if case.compiled and case.section in GATED_BLOCK]
+    assert len(compiled) == len({(case.section, case.backward) for case in compiled}) == 12
+    assert {case.section for case in compiled} == set(GATED_BLOCK)
+    (decode,) = (case for case in compiled if case.section == "decode")
+    assert (decode.shape["batch"], decode.shape["num_windows"]) == (8, 10)
+
+
+def test_the_quick_plan_has_a_case_of_every_kind():
+    def kinds(cases):
+        return {
+            (case.section, case.op, case.backward, case.shape.get("in_place"), case.shape.get("granularity"))
+            for case in cases
+            if case.section not in ("host", "head_dim", "float16", "cross")
+        }
+
+    few = {k for k in kinds(plan.full_plan()) if k[1] != "vision_keys_values"}
+    assert few <= kinds(plan.quick_plan())
+    assert {case.op for case in plan.quick_plan()} == set(PROBLEMS)
 
 
 def test_the_tests_of_a_run_are_counted_even_when_one_takes_pytest_down(tmp_path):

@@ -12,7 +12,9 @@ import pytest
 from bench import ledger
 from bench.static import compare
 from bench.static import compile as aot
+from bench.static.kernels import KERNELS
 from bench.static.rows import Ledger, ledger_of, measure_configs
+from bench.static.work import ATTENTION
 from tests.bench.test_ledger_compare import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,15 @@ def test_stdout_is_one_list_of_complete_rows(run):
             defaults = [r for r in ours if r["default"] and (r["pass"], r["arch"]) == (direction, arch)]
             assert {(1025, 112), (257, 112), (1024, 64)} <= {(r["seqlen"], r["head_dim"]) for r in defaults}
     assert len({compare.key(row) for row in ours}) == len(ours)
+    without_nvcc = {"add_position_2d_kernel"} if aot.find_nvcc() is None else set()
+    assert {row["kernel"] for row in ours} == {*KERNELS, *ATTENTION} - without_nvcc
+    assert all("bytes_ratio" in row for row in ours if row["backend"] == "triton" and _is_decode(row))
+    elementwise = {name for name, kernel in KERNELS.items() if kernel.elements}
+    assert elementwise == {row["kernel"] for row in ours if "instructions_per_element" in row}
+
+
+def _is_decode(row: dict) -> bool:
+    return row["kernel"] == "decode_attention_kernel"
 
 
 def loud() -> str | None:

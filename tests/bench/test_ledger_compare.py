@@ -105,6 +105,67 @@ def test_limits_and_gates(which, change, sentence):
     assert sentence in finding
 
 
+PRODUCT = ROW | {"kernel": "vision_keys_values_kernel", "config": "vision_keys_values bf16", "gated": False}
+PRODUCT |= {"head_dim": 1792, "seqlen": 0, "useful_over_issued": 0.97}
+DECODE = PRODUCT | {"kernel": "decode_attention_kernel", "useful_over_issued": 0.06, "bytes_ratio": 0.95}
+EPILOGUE = PRODUCT | {"kernel": "gated_residual_epilogue_kernel", "useful_over_issued": 1.0}
+EPILOGUE |= {"instructions_per_element": 30.0, "instruction_budget": 30.0}
+
+
+@pytest.mark.parametrize("row", [PRODUCT, DECODE, EPILOGUE], ids=["product", "decode", "epilogue"])
+def test_kernels_that_just_reach_their_gates(row):
+    assert compare.beyond_limits([*DEFAULTS, row]) == []
+    assert compare.worse([row], [row]) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "sentence"),
+    [
+        (PRODUCT, {"useful_over_issued": 0.9699}, "useful_over_issued is 0.9699, must be at least 0.97"),
+        (PRODUCT, {"spills": 1}, "spills is 1, must be 0"),
+        (DECODE, {"bytes_ratio": 0.9499}, "bytes_ratio is 0.9499, must be at least 0.95"),
+        (DECODE, {"spills": 1}, "spills is 1, must be 0"),
+        (
+            EPILOGUE,
+            {"instructions_per_element": 30.01},
+            "instructions_per_element is 30.01, must be at most 30",
+        ),
+    ],
+)
+def test_gates_of_the_other_kernels(row, change, sentence):
+    (finding,) = compare.beyond_limits([*DEFAULTS, row | change])
+    assert sentence in finding
+    assert compare.beyond_limits([*DEFAULTS, row | change | {"arch": "sm_100"}]) == []
+
+
+def test_what_is_exempt_from_a_gate():
+    """A float32 gradient enters as two bfloat16 numbers: the second product is no waste."""
+    row = PRODUCT | {"kernel": "gated_residual_backward_weight_kernel", "useful_over_issued": 0.5}
+    assert compare.beyond_limits([*DEFAULTS, row | {"config": "dweight bf16+fp32"}]) == []
+    assert len(compare.beyond_limits([*DEFAULTS, row | {"config": "dweight bf16+bf16"}])) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "sentence"),
+    [
+        (DECODE, {"bytes_ratio": 0.96}, "bytes_ratio fell from 0.97 to 0.96"),
+        (EPILOGUE, {"instructions_per_element": 22.0}, "instructions_per_element rose from 20.0 to 22.0"),
+    ],
+)
+def test_figures_of_the_other_kernels_that_get_worse(row, change, sentence):
+    stored = row | {name: {"bytes_ratio": 0.97, "instructions_per_element": 20.0}[name] for name in change}
+    assert compare.worse([stored], [stored]) == []
+    (finding,) = compare.worse([row | change], [stored])
+    assert sentence in finding
+    slower = compare.worse([row | change | {"triton": "3.6.0"}], [stored])
+    assert bool(slower) == ("bytes_ratio" in change)
+
+
+def test_a_stored_row_may_lack_a_new_figure():
+    old = {name: value for name, value in DECODE.items() if name != "bytes_ratio"}
+    assert compare.worse([DECODE], [old]) == []
+
+
 def test_serialised_defaults_are_always_said():
     serialised = ROW | {"wgmma_serialised": "C7515"}
     assert compare.worse([serialised], [serialised]) == []

@@ -45,6 +45,10 @@ def test_loops_are_those_of_the_control_flow():
     assert code.count(("WARPGROUP.DEPBAR",), code.hot_addresses) == 1
 
 
+def test_padding_and_the_endless_branch_are_no_instructions():
+    assert Code(CODE).reachable == frozenset(range(0, 0xE0, 0x10))
+
+
 def test_matrix_work_is_counted_by_loop_and_straight_code():
     loop, straight = Code(CODE).mma_regions
     assert loop == MmaRegion(
@@ -274,6 +278,7 @@ def measured(**changes):
         race_flags=0,
         mma="HMMA.16816 x8",
         regions=(),
+        instructions=500,
         triton="3.7.1",
         ptxas="12.8.93",
     )
@@ -295,7 +300,7 @@ def measured(**changes):
 def test_what_was_not_understood_is_a_finding_and_for_information_a_remark():
     assert [row["seqlen"] for row in ledger_of([measured()]).rows] == [0]
     unknown = measured(kernel="another_kernel")
-    assert "must say how much matrix work" in ledger_of([unknown]).findings[0]
+    assert "must say what this kernel does" in ledger_of([unknown]).findings[0]
     refused = measured(figures="RuntimeError: no")
     assert ledger_of([refused]).findings == [
         "add_position bf16 [add_position_kernel, sm_80] does not compile: RuntimeError: no"

@@ -5,8 +5,19 @@ import json
 import pytest
 from matplotlib import image
 
-from bench import plots, report, results
+from bench import plan, plots, report, results
+from bench.harness import Case
 from tests.bench import synthetic
+
+GATED_BLOCK = (
+    "decode",
+    "prefill",
+    "vision_keys_values",
+    "gated",
+    "feed_forward",
+    "post_norm",
+    "position",
+)
 
 LEDGER_ROWS = [
     {
@@ -98,16 +109,19 @@ def test_page_and_pictures(tmp_path, capsys):
         "shape",
         "pass",
         "ours",
+        "of ceiling",
         "sdpa_flash",
         "sdpa_cudnn",
         "sdpa_efficient",
-        *header[7:],
+        *header[8:],
     ]
     row = dict(zip(header, first, strict=True))
     assert row["shape"] == "40 windows of 1025, 16 heads of 112" and row["pass"] == "fwd"
     entries = results.load(path)["entries"]
     of = {e["implementation"]: e for e in entries if e["section"] == "main"}
     ours, flash = (of[name]["median_us"] for name in ("infimm_kernels", "sdpa_flash"))
+    speed = next(e["tflops"] for e in entries if e["section"] == "main")
+    assert row["of ceiling"] == f"{100 * speed / 785.0:.0f} %"
     assert row["sdpa_flash"] == f"{flash / ours:.2f}x" == "1.33x" and row["sdpa_cudnn"] == "wrong"
     assert "sdpa_cudnn wrong: dk errs by 0.9" in text and "xformers missing: xformers.ops" in text
     assert "NVIDIA Test 1000 (compute capability 9.0), driver 999.1, torch 2.11.0" in text
@@ -116,6 +130,38 @@ def test_page_and_pictures(tmp_path, capsys):
         assert f"(test-{name}.png)" in text
         picture = image.imread(tmp_path / "report" / f"test-{name}.png")
         assert picture.shape[0] > 300 and picture.shape[1] > 600 and picture[..., :3].std() > 0.02
+
+
+def test_a_share_is_that_of_the_nearer_ceiling():
+    case = Case("gated", "gated_residual_projection", {"rows": 32, "hidden": 64, "inner": 64})
+    limits = {"tflops": 800.0, "gbps": 4000.0}
+    assert report.share_label(case.entry("a", "ok", tflops=80.0, gbps=3000.0), limits) == "75 %"
+    assert report.share_label(case.entry("a", "ok", tflops=720.0, gbps=3000.0), limits) == "90 %"
+    assert report.share_label(case.entry("a", "ok", tflops=720.0), {"gbps": 4000.0}) == "-"
+    assert report.share_label(case.entry("a", "wrong", "errs"), limits) == "-"
+    assert report.share_label(None, limits) == "-"
+
+
+def test_the_gated_block_is_on_the_page_and_its_first_cases_in_the_readme(tmp_path):
+    path = synthetic.write(tmp_path / "test.json", sections=("ceilings", "main", *GATED_BLOCK))
+    text, block = report.page(results.load(path), {}), report.readme_block(tmp_path, report.LEDGER)
+    planned = [case for case in plan.full_plan() if case.section in GATED_BLOCK]
+    for section in GATED_BLOCK:
+        title = report.SECTIONS[section]
+        assert f"## {title}\n" in text and f"\n{title}:\n" in block
+    first = next(case for case in planned if case.section == "decode")
+    assert first.shape["batch"] == 8 and first.shape["num_windows"] == 10
+    lines = [line for line in block.splitlines() if line.startswith("| gated_cross_attention_decode ")]
+    assert len(lines) == report.IN_README["decode"] and "batch 8" in lines[0]
+    pages = [line for line in text.splitlines() if line.startswith("| gated_cross_attention_decode ")]
+    assert len(pages) == sum(case.section == "decode" for case in planned)
+    header = next(line for line in block.splitlines() if "recompute" in line)
+    assert header.index("sdpa_cached") < header.index("recompute") < header.index("compiled_eager")
+
+
+def test_every_section_of_the_plan_has_a_title():
+    sections = {case.section for case in plan.full_plan()} - {"ceilings"}
+    assert sections == set(report.SECTIONS) and set(report.IN_README) <= sections
 
 
 def test_a_run_that_was_cut_short_says_so(tmp_path):

@@ -120,9 +120,14 @@ def test_availability_has_a_line_for_every_op_backend_and_direction():
         "varlen_attention",
         "window_attention",
         "add_position_2d",
+        "residual_post_norm",
+        "vision_keys_values",
         "gated_residual_projection",
+        "gated_cross_attention_decode",
         "gated_cross_attention",
+        "gated_feed_forward",
     }
+    assert {row.direction for row in rows if row.op == "gated_cross_attention_decode"} == {"forward"}
     assert all(row.reason is None for row in rows if row.backend == "reference")
     notes = {row.op: row.note for row in rows if row.backend == "triton" and row.direction == "backward"}
     assert notes["varlen_attention"] == "float32: the reference's formula on the same device"

@@ -24,17 +24,20 @@ def locations(rows):
     return torch.tensor([[c == "X" for c in row] for row in rows], dtype=torch.bool).view(len(rows), -1)
 
 
-def hidden_mask(rows, vision_seqlens):
-    """[text, vision]: True unless the vision token is of the last <image> at or before the text token."""
+def hidden_mask(rows, vision_seqlens, immediate=True):
+    """[text, vision]: True unless the vision token is of the last <image> at or before the text token.
+
+    Unless `immediate`, those of earlier images of the sample are seen too.
+    """
     image_of_key = [i for i, n in enumerate(vision_seqlens) for _ in range(n)]
     mask, image = [], -1
     for row in rows:
-        seen = None
+        seen = []
         for c in row:
             if c == "X":
                 image += 1
-                seen = image
-            mask.append([seen is None or i != seen for i in image_of_key])
+                seen = [image] if immediate else [*seen, image]
+            mask.append([i not in seen for i in image_of_key])
     return torch.tensor(mask, dtype=torch.bool).view(sum(map(len, rows)), len(image_of_key))
 
 
@@ -48,11 +51,14 @@ def step_inputs(rows, vision_seqlens):
     return x, query, key, value, weight, gate
 
 
-def check_step(rows, vision_seqlens):
-    segments = media_segments(locations(rows), vision_seqlens, [row.count("X") for row in rows])
+def check_step(rows, vision_seqlens, immediate=True):
+    images = [row.count("X") for row in rows]
+    option = {"only_attend_immediate_media": immediate}
+    segments = media_segments(locations(rows), vision_seqlens, images, **option)
     inputs = x, query, key, value, weight, gate = step_inputs(rows, vision_seqlens)
     y = gated_cross_attention(*inputs, segments)
-    out = masked_attention(query.flatten(0, 1), key, value, hidden_mask(rows, vision_seqlens))
+    hidden = hidden_mask(rows, vision_seqlens, immediate)
+    out = masked_attention(query.flatten(0, 1), key, value, hidden)
     expected = x + gate.tanh() * (out.reshape(*x.shape[:2], 8) @ weight.t())
     assert max_error(y, expected) < 1e-12
     dy = torch.randn_like(y)
@@ -63,9 +69,10 @@ def check_step(rows, vision_seqlens):
     assert torch.equal(blind.flatten(), hidden_mask(rows, [1] * len(vision_seqlens)).all(1))
 
 
+@pytest.mark.parametrize("immediate", [True, False])
 @pytest.mark.parametrize("rows", BATCHES, ids=str)
-def test_equals_the_masked_form(rows):
-    check_step(rows, [2 + i % 3 for i in range(sum(row.count("X") for row in rows))])
+def test_equals_the_masked_form(rows, immediate):
+    check_step(rows, [2 + i % 3 for i in range(sum(row.count("X") for row in rows))], immediate)
 
 
 @settings(max_examples=40)
@@ -75,7 +82,8 @@ def test_equals_the_masked_form_for_any_text(data):
     row = st.text("X.", min_size=text_len, max_size=text_len)
     rows = data.draw(st.lists(row, min_size=1, max_size=4))
     num_images = sum(row.count("X") for row in rows)
-    check_step(rows, data.draw(st.lists(st.integers(0, 4), min_size=num_images, max_size=num_images)))
+    lengths = data.draw(st.lists(st.integers(0, 4), min_size=num_images, max_size=num_images))
+    check_step(rows, lengths, data.draw(st.booleans()))
 
 
 @pytest.mark.parametrize("dtypes", MIXED_DTYPES, ids=str)
@@ -111,6 +119,32 @@ def test_segments_by_hand():
     assert segments.cu_seqlens_k.tolist() == [0, 0, 5, 5, 11, 18, 26]
     assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32
     assert segments.text_mask.tolist() == [[False, False, True, True, True, True], [True] * 6]
+
+
+def test_overlapping_segments_by_hand():
+    rows, option = ["..X...", "XX...X"], {"only_attend_immediate_media": False}
+    segments = media_segments(locations(rows), [5, 6, 7, 8], [1, 3], **option)
+    keys = [[0, 0], [0, 5], [5, 5], [5, 11], [5, 18], [5, 26]]
+    assert segments.segment_key_ranges.tolist() == keys
+    queries = [[0, 6], [2, 6], [6, 12], [6, 12], [7, 12], [11, 12]]
+    assert segments.segment_query_ranges.tolist() == queries
+    with pytest.raises(ValueError, match="only_attend_immediate_media must be True or False, got 0"):
+        media_segments(locations(rows), [5, 6, 7, 8], [1, 3], only_attend_immediate_media=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_generated_text_sees_all_images_of_its_sample(grad):
+    """The last rows of a text that was read at once, and the same rows generated after it."""
+    rows, vision_seqlens, images = ["..X.X..", "X......", "......."], [5, 6, 7], [2, 1, 0]
+    option = {"only_attend_immediate_media": False}
+    x, query, *rest = step_inputs(rows, vision_seqlens)
+    whole = gated_cross_attention(
+        x, query, *rest, media_segments(locations(rows), vision_seqlens, images, **option)
+    )
+    step = decode_segments(vision_seqlens, images, text_len=2, **option)
+    assert step.key_ranges.tolist() == [[0, 11], [11, 18], [0, 0]]
+    with torch.set_grad_enabled(grad):
+        assert max_error(gated_cross_attention(x[:, 5:], query[:, 5:], *rest, step), whole[:, 5:]) < 1e-12
 
 
 def test_decode_segments_by_hand():

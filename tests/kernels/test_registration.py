@@ -1,130 +1,19 @@
-"""What a registered op owes to PyTorch: opcheck, compile, transforms, autocast, tracing tensors, copies."""
+"""What a registered op owes to PyTorch: compile, transforms, autocast, tracing tensors, copies."""
 
 import copy
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from infimm_kernels import (
-    add_position_2d,
-    gated_cross_attention,
-    gated_residual_projection,
-    media_segments,
-    varlen_attention,
-    window_attention,
-)
+from infimm_kernels import add_position_2d, gated_residual_projection, varlen_attention, window_attention
 from infimm_kernels.testing import max_error, packed_lengths
 from tests.kernels.cases import attention_inputs, gated_inputs
-
-POSITIONS = torch.tensor([[0, 1], [-1, -1], [2, 0]])
-ROW_MASK = torch.tensor([[True, False, True, True], [False, True, True, False]])
-LOCATIONS = torch.tensor([[False, True, False, False, True], [False] * 5])
-
-
-class Case(NamedTuple):
-    """A public call as a function of its floating inputs alone."""
-
-    call: Callable
-    inputs: tuple[torch.Tensor, ...]
-
-
-def varlen(dtype=torch.float64) -> Case:
-    q, k, v, cu_q, cu_k = attention_inputs((3, 2, 4), (2, 0, 5), 2, 1, 8, dtype)
-    return Case(lambda q, k, v: varlen_attention(q, k, v, cu_q, cu_k), (q, k, v))
-
-
-def window(dtype=torch.float64) -> Case:
-    qkv = torch.randn(3, 5, 3, 2, 8, dtype=dtype, requires_grad=True)
-    return Case(window_attention, (qkv,))
-
-
-def packed_window(dtype=torch.float64) -> Case:
-    qkv, cu_seqlens = torch.randn(9, 3, 2, 8, dtype=dtype, requires_grad=True), packed_lengths((4, 0, 5))
-    return Case(lambda qkv: window_attention(qkv, cu_seqlens), (qkv,))
-
-
-def position(dtype=torch.float64) -> Case:
-    x = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True)
-    return Case(lambda x: add_position_2d(x, POSITIONS, granularity="token", num_prefix_tokens=1), (x,))
-
-
-def gated(dtype=torch.float64) -> Case:
-    return Case(
-        lambda *t: gated_residual_projection(*t, row_mask=ROW_MASK), gated_inputs((2, 4), dtype=dtype)
-    )
-
-
-def cross(dtype=torch.float64) -> Case:
-    segments = media_segments(LOCATIONS, [3, 2], [2, 0])
-    shapes = ((2, 5, 6), (2, 5, 2, 4), (5, 2, 4), (5, 2, 4), (6, 8), (6,))
-    inputs = tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-    return Case(lambda *t: gated_cross_attention(*t, segments), inputs)
-
+from tests.kernels.public_calls import POSITIONS, cross, gated, packed_window, position, varlen, window
 
 PUBLIC = (varlen, window, packed_window, position, gated, cross)
 every_op = pytest.mark.parametrize("make", PUBLIC, ids=lambda make: make.__name__)
-
-
-def registered_calls():
-    ops = torch.ops.infimm_kernels
-    q, k, v, cu_q, cu_k = attention_inputs((3, 2, 4), (2, 0, 5), 2, 1, 8)
-    qkv, packed, cu = window().inputs[0], packed_window().inputs[0], packed_window_lengths()
-    x, o, weight, gate = gated_inputs((2, 4))
-    mixed = gated_inputs((2, 4), dtype=(torch.float32, torch.bfloat16, torch.float32))
-    dout, dlse = torch.randn(9, 2, 8).double(), torch.randn(2, 9).double()
-    plain = [t.detach() for t in (q, k, v)]
-    results = [torch.randn(9, 2, 8).double(), torch.randn(2, 9).double()]
-    return {
-        "varlen": (ops.varlen_attention, (q, k, v, cu_q, cu_k, 0.3, 0, None)),
-        "varlen backward": (
-            ops.varlen_attention_backward,
-            (*plain, *results, dout, None, cu_q, cu_k, 0.3, 0, None),
-        ),
-        "varlen lse backward": (
-            ops.varlen_attention_backward,
-            (*plain, *results, dout, dlse, cu_q, cu_k, 0.3, 1, None),
-        ),
-        "window": (ops.window_attention, (qkv, None, 0.3, 1, None)),
-        "packed window": (ops.window_attention, (packed, cu, 0.3, 1, "reference")),
-        "window backward": (
-            ops.window_attention_backward,
-            (packed.detach(), *results, dout, None, cu, 0.3, 1, None),
-        ),
-        "position": (ops.add_position_2d, (position().inputs[0], POSITIONS, "token", 2, 2, 1, None)),
-        "gated": (ops.gated_residual_projection, (x, o, weight, gate, ROW_MASK, None)),
-        "gated, no mask": (ops.gated_residual_projection, (x, o, weight, gate, None, None)),
-        "gated backward": (
-            ops.gated_residual_projection_backward,
-            (x.detach(), o.detach(), weight.detach(), gate.detach(), ROW_MASK),
-        ),
-        "gated, mixed dtypes": (ops.gated_residual_projection, (*mixed, ROW_MASK, None)),
-        "gated backward, mixed dtypes": (
-            ops.gated_residual_projection_backward,
-            (*(t.detach() for t in mixed), ROW_MASK),
-        ),
-    }
-
-
-def packed_window_lengths():
-    return packed_lengths((4, 0, 5))
-
-
-@pytest.mark.parametrize("name", list(registered_calls()))
-def test_opcheck(name):
-    op, arguments = registered_calls()[name]
-    results = torch.library.opcheck(op.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
-
-
-def test_every_registered_op_is_checked():
-    registered = {
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "infimm_kernels::" in name
-    }
-    assert registered == {op.__name__ for op, _ in registered_calls().values()}
 
 
 @every_op

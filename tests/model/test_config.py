@@ -18,7 +18,8 @@ def test_infimm_hd_13b_has_the_papers_parameter_counts():
         model = InfiMMHD(preset("infimm_hd_13b"))
     counts = {part: sum(p.numel() for _, p in named) for part, named in model.parameter_groups().items()}
     assert 4.3e9 < counts["vision"] < 4.45e9  # paper: 4.4 B
-    blocks = sum(p.numel() for p in model.gated_blocks.parameters())
+    parts = (model.vision_keys_values, model.gated_blocks)
+    blocks = sum(p.numel() for part in parts for p in part.parameters())
     assert len(model.gated_blocks) == 10 and 0.63e9 < blocks < 0.70e9
     assert 63.0e6 < blocks / 10 < 63.2e6
     assert 13.0e9 < counts["language"] < 13.1e9  # Vicuna-13B

@@ -94,9 +94,11 @@ def test_the_position_of_a_window_matters_and_the_thumbnail_has_none(model):
     batch["window_positions"] = torch.tensor([[-1, -1], [0, 0]])
     moved = dict(batch, window_positions=torch.tensor([[-1, -1], [0, 1]]))
     assert not torch.equal(model(**batch).logits, model(**moved).logits)
-    features = model.encode_windows(batch["pixel_values"], batch["window_positions"])
-    plain = model.visual_token_transform(model.vision(batch["pixel_values"]))
-    assert torch.equal(features[0], plain[0]) and not torch.equal(features[1], plain[1])
+    features = model.encode_windows(batch["pixel_values"])
+    pairs, moved_pairs = (model.vision_keys_values(features, b["window_positions"]) for b in (batch, moved))
+    for (key, _), (moved_key, _) in zip(pairs, moved_pairs, strict=True):
+        key, moved_key = (x.unflatten(0, features.shape[:2]) for x in (key, moved_key))
+        assert torch.equal(key[0], moved_key[0]) and not torch.equal(key[1], moved_key[1])
     without = open_model(position="none")
     assert torch.equal(without(**batch).logits, without(**moved).logits)
 

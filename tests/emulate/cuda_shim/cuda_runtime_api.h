@@ -1,6 +1,7 @@
-// The few CUDA names csrc uses, for g++: blocks and threads run one after another on the CPU. Only kernels
-// without barriers, shuffles and shared memory can run this way. Loads are checked for alignment and bounds,
-// stores of vectors for alignment (guards around the output show stray ones).
+// The few CUDA names csrc uses, for g++. The blocks and threads of an ordinary launch run one after another
+// on the CPU: only kernels without barriers, shuffles and shared memory can. Those of a cooperative launch
+// are fibers. Loads are checked for alignment and bounds, stores of vectors for alignment (guards around the
+// output show stray ones).
 #pragma once
 
 #include <cmath>
@@ -9,8 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "fibers.h"
+
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -19,7 +23,10 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchTimeout = 702,
+  cudaErrorIllegalInstruction = 715,
   cudaErrorMisalignedAddress = 716,
+  cudaErrorCooperativeLaunchTooLarge = 720,
 };
 using cudaStream_t = void*;
 
@@ -27,10 +34,19 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 namespace shim {
 
@@ -38,17 +54,19 @@ struct Range {
   std::uintptr_t begin, end;
 };
 inline std::vector<Range> readable, writable;
+inline std::vector<Range> scratch;  // written and read by one launch: not through the read-only cache
+inline unsigned num_sms = 1, blocks_per_sm = 1;
 inline cudaError_t error = cudaSuccess;
 inline unsigned grid_limit = ~0u;  // fewer blocks than asked for: a grid-stride kernel must not care
 
 template <typename T>
-bool may_load(const T* address) {
+bool may_load(const T* address, const std::vector<Range>& ranges) {
   const auto at = reinterpret_cast<std::uintptr_t>(address);
   if (at % sizeof(T) != 0) {
     error = cudaErrorMisalignedAddress;
     return false;
   }
-  for (const Range& range : readable) {
+  for (const Range& range : ranges) {
     if (at >= range.begin && at + sizeof(T) <= range.end) return true;
   }
   error = cudaErrorIllegalAddress;
@@ -82,11 +100,54 @@ struct uint4 {
   }
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 template <typename T>
 T __ldg(const T* address) {
-  return shim::may_load(address) ? *address : T{};
+  return shim::may_load(address, shim::readable) ? *address : T{};
+}
+template <typename T>
+T __ldcg(const T* address) {
+  return shim::may_load(address, shim::scratch) ? *address : T{};
+}
+inline void __syncthreads() { shim::meet(shim::current->block->rendezvous, shim::machine->threads); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shim::from_lane(value, static_cast<unsigned>(lane));
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shim::from_lane(value, shim::current->thread % shim::kWarp ^ static_cast<unsigned>(mask));
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = shim::current->thread % shim::kWarp;
+  return shim::from_lane(value, lane >= delta ? lane - delta : lane);
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= 163 << 10 ? cudaSuccess : cudaErrorInvalidValue;  // what a block of sm_80 can have
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(shim::num_sms);
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+  *blocks = static_cast<int>(shim::blocks_per_sm);
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::error, cudaSuccess); }
 
@@ -96,6 +157,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 block = config->blockDim, asked = config->gridDim;
   if (asked.x == 0 || block.x == 0 || block.y == 0 || block.x * block.y * block.z > 1024) {
     return cudaErrorInvalidConfiguration;
+  }
+  if (config->numAttrs > 0 && config->attrs[0].val.cooperative) {
+    if (asked.x > shim::num_sms * shim::blocks_per_sm) return cudaErrorCooperativeLaunchTooLarge;
+    if (block.x % shim::kWarp != 0 || block.y * block.z != 1) return cudaErrorInvalidConfiguration;
+    blockDim = block;
+    gridDim = asked;
+    const bool finished = shim::run_blocks(
+        asked.x, block.x, config->dynamicSmemBytes, [&] { kernel(arguments...); },
+        [](unsigned b, unsigned t) {
+          blockIdx = dim3(b);
+          threadIdx = dim3(t);
+        });
+    return finished ? cudaSuccess : cudaErrorLaunchTimeout;
   }
   blockDim = block;
   gridDim = dim3(asked.x < shim::grid_limit ? asked.x : shim::grid_limit);
