@@ -9,12 +9,12 @@
 namespace infimm {
 
 // What a launch serves; nothing that is computed from such sizes overflows.
-constexpr int64_t kDecodeMaxBatch = 4096;  // the running sum of the key counts lies in shared memory
+constexpr int64_t kDecodeMaxBatch = 2048;  // the running sum of the key counts lies in shared memory
 constexpr int64_t kDecodeMaxTextLen = 8;
 constexpr int64_t kDecodeMaxHeads = 4096;
 constexpr int64_t kDecodeMaxHeadDim = 256;
 constexpr int64_t kDecodeMaxTokens = 1 << 30;
-constexpr int64_t kDecodeMaxBlocks = 1 << 16;
+constexpr int64_t kDecodeMaxBlocks = 512;
 
 // out = x + tanh(attn_gate) * (attention(query, key, value) @ out_weight^T), where a sample's text attends to
 // the keys [first, end) that key_ranges gives for it. Strides are in elements; every last stride is 1.

@@ -115,6 +115,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def capability_of(x: Tensor) -> tuple[int, int]:
+    """The compute capability to choose a tile by: that of the tensor's GPU, in the interpreter an A100's."""
+    return capability(x.device) if x.is_cuda else (8, 0)
+
+
 def why_not_triton(*tensors: Tensor) -> str | None:
     """The conditions common to every Triton kernel here: the package, the device, the dtype."""
     reason = why_not_triton_here()

@@ -3,13 +3,13 @@
 Flamingo's rule "a text token sees all images before it" is of this kind: the ranges of one sample begin at
 the same key and end at one image after the other. Seen from the keys it is of the same kind again: the
 queries that see an image go from its `<image>` token to the end of the sample. So neither direction needs a
-mask, a copy of keys or more than one program that writes a gradient.
+mask or a copy of keys, and the gradients of a key and a value are written by one program.
 """
 
 import torch
 from torch import Tensor
 
-from infimm_kernels import autodiff, backends
+from infimm_kernels import autodiff, backends, checks
 from infimm_kernels.attention import overlapping_reference as reference
 from infimm_kernels.attention.op import VARLEN_CANDIDATES, backward_backend
 
@@ -34,12 +34,16 @@ def overlapping_attention(
         cu_seqlens_q, cu_seqlens_k: as there; of the keys for the gradient, whose segment s is seen by the
             queries ``query_ranges[s, 0] : query_ranges[s, 1]``.
         key_ranges, query_ranges: contiguous int32 [num_segments, 2] on the device of q: the same pairs of a
-            query and a key, from both sides. On the CPU a key range that is none is a ValueError.
+            query and a key, from both sides. Numbers on the CPU are checked; on a GPU a range is cut to the tokens
+            there are.
 
     Returns:
         out [total_q, num_heads, head_dim] in the dtype of q.
     """
-    return _call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_ranges, query_ranges, softmax_scale, backend)[0]
+    segments = (cu_seqlens_q, cu_seqlens_k, key_ranges, query_ranges)
+    if all(map(checks.is_readable, segments)):
+        reference.check_values(*segments, q.shape[0], k.shape[0])
+    return _call(q, k, v, *segments, softmax_scale, backend)[0]
 
 
 _library = torch.library.Library("infimm_kernels", "FRAGMENT")

@@ -1,6 +1,7 @@
 """Attention of segments whose ranges of keys overlap, in eager PyTorch: the segments one after the other."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,11 +60,29 @@ def dense(
     return reference.dense_where(q, k, v, seen, softmax_scale)
 
 
-def visible(cu_seqlens_q: Tensor, key_ranges: Tensor, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
-    """The rows of queries and of keys of each segment that has both. Reads both tensors.
+def check_values(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_ranges: Tensor,
+    query_ranges: Tensor,
+    total_q: int,
+    total_k: int,
+) -> None:
+    """ValueError for numbers that are no cumulative lengths, or no ranges. Reads all four tensors."""
+    checks.cu_seqlens_values("cu_seqlens_q", cu_seqlens_q.tolist(), total_q)
+    checks.cu_seqlens_values("cu_seqlens_k", cu_seqlens_k.tolist(), total_k)
+    _check_ranges("segment_key_ranges", key_ranges.tolist(), total_k, "keys")
+    _check_ranges("segment_query_ranges", query_ranges.tolist(), total_q, "queries")
 
-    ValueError for numbers that are no cumulative lengths, or no ranges within the keys.
-    """
+
+def _check_ranges(argument: str, ranges: Sequence[Sequence[int]], total: int, what: str) -> None:
+    for first, end in ranges:
+        if not 0 <= first <= end <= total:
+            checks.fail(argument, f"be ranges within the {total} {what}", (first, end))
+
+
+def visible(cu_seqlens_q: Tensor, key_ranges: Tensor, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """The rows of queries and of keys of each segment that has both. Reads both tensors."""
     ranges = tuple(map(tuple, key_ranges.tolist()))
     return _visible(tuple(cu_seqlens_q.tolist()), ranges, q.shape[0], k.shape[0])
 
@@ -71,9 +90,7 @@ def visible(cu_seqlens_q: Tensor, key_ranges: Tensor, q: Tensor, k: Tensor) -> l
 @functools.lru_cache(maxsize=32)
 def _visible(cu_q: tuple, ranges: tuple, total_q: int, total_k: int) -> list[tuple[slice, slice]]:
     checks.cu_seqlens_values("cu_seqlens_q", cu_q, total_q)
-    for first, end in ranges:
-        if not 0 <= first <= end <= total_k:
-            checks.fail("key_ranges", f"be ranges within the {total_k} keys", (first, end))
+    _check_ranges("segment_key_ranges", ranges, total_k, "keys")
     pairs = zip(cu_q[:-1], cu_q[1:], ranges, strict=True)
     return [
         (slice(start, stop), slice(first, end))

@@ -9,7 +9,7 @@ from infimm_kernels import backends, checks, extension
 
 UNVERIFIED = "its device code is tested in emulation on a CPU; it has never run on a GPU"
 MAX_TEXT_LEN = 8  # these as in csrc/decode_attention.h
-MAX_BATCH = 4096
+MAX_BATCH = 2048
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 256
 MAX_TOKENS = 2**30

@@ -11,6 +11,7 @@ from infimm_kernels.attention import op as attention
 from infimm_kernels.gated_cross_attention import decode_reference
 
 MAX_TEXT_LEN = 8
+MAX_HINT = 2**62  # what an op takes as an integer
 
 
 def serves(
@@ -42,16 +43,15 @@ def gated_cross_attention_decode(
 
     The tensors are those of `gated_cross_attention`, checked and in the dtype of autocast. key_ranges: int32
     [batch, 2], (first, end) of each sample, cut to the keys that there are; a sample without keys gets x bit
-    for bit. max_keys: a hint of the longest range. At most MAX_TEXT_LEN tokens and MAX_ROWS rows, see
-    `serves`; no gradient.
+    for bit. max_keys: a hint of the longest range. At most MAX_TEXT_LEN tokens, see `serves`; no gradient.
     """
     checks.tensor("segments.key_ranges", key_ranges, 2, "[batch, 2]")
     if key_ranges.dtype != torch.int32:
         checks.fail("segments.key_ranges", "have dtype torch.int32", key_ranges.dtype)
     checks.same_device("segments.key_ranges", key_ranges, "x", x)
     checks.shape("segments.key_ranges", key_ranges, (x.shape[0], 2), "[batch, 2]")
-    if not checks.is_int(max_keys):
-        checks.fail("segments.max_keys", "be an integer", max_keys)
+    if not checks.is_int(max_keys) or not -MAX_HINT <= max_keys <= MAX_HINT:
+        checks.fail("segments.max_keys", f"be an integer of at most {MAX_HINT}", max_keys)
     scale = checks.softmax_scale(softmax_scale, query.shape[3])
     backends.check(backend)
     return torch.ops.infimm_kernels.gated_cross_attention_decode.default(

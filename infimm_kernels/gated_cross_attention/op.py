@@ -46,7 +46,7 @@ def gated_cross_attention(
         a new tensor of the shape and dtype of x.
 
     Up to 8 new tokens a sample with the segments of `decode_segments`, where no gradient is recorded, run as
-    one op that splits the keys of a sample among the processors: two kernels on a GPU.
+    one op that splits the keys of a sample among the processors: two kernels in Triton, one in CUDA C++.
 
     Under autocast query, key, value and out_weight are cast to its dtype; x and attn_gate stay.
 
@@ -70,6 +70,8 @@ def gated_cross_attention(
         checks.same_kind(name, tensor, "query", query)
     checks.shape("query", query, (*x.shape[:2], *query.shape[2:]), "[batch, text_len, num_heads, head_dim]")
     num_heads, head_dim = query.shape[2:]
+    if num_heads < 1 or head_dim < 1:
+        checks.fail("query", "have at least one head and one channel", list(query.shape))
     if key.shape[2] != head_dim or key.shape[1] < 1 or num_heads % key.shape[1]:
         rule = f"have the head_dim of query ({head_dim}) and a divisor of its {num_heads} heads"
         checks.fail("key", rule, list(key.shape))
@@ -83,10 +85,7 @@ def gated_cross_attention(
     checks.tensor("segments.text_mask", segments.text_mask, 2, "[batch, text_len]")
     checks.shape("segments.text_mask", segments.text_mask, x.shape[:2], "[batch, text_len]")
     if segments.key_ranges is not None and decode.serves(x, query, key, value, out_weight, attn_gate):
-        checks.cu_seqlens("segments.cu_seqlens_k", segments.cu_seqlens_k, "x", x)
-        if checks.is_readable(segments.cu_seqlens_k) and segments.cu_seqlens_k[-1] != key.shape[0]:
-            rule = f"have the vision tokens that segments count ({int(segments.cu_seqlens_k[-1])})"
-            checks.fail("key", rule, key.shape[0])
+        _check_count(segments, key)
         (out_weight,) = autodiff.to_autocast_dtype(out_weight)
         return decode.gated_cross_attention_decode(
             x,
@@ -106,6 +105,7 @@ def gated_cross_attention(
             query.flatten(0, 1), key, value, *cu_seqlens, softmax_scale=softmax_scale, backend=backend
         )
     else:
+        _check_count(segments, key)
         ranges = _checked_ranges(segments, x)
         scale = checks.softmax_scale(softmax_scale, head_dim)
         backends.check(backend)
@@ -119,9 +119,17 @@ def gated_cross_attention(
     )
 
 
+def _check_count(segments: MediaSegments, key: Tensor) -> None:
+    """The ranges of keys are cut to the keys there are, so a forgotten image would go unnoticed."""
+    cu_seqlens_k = segments.cu_seqlens_k
+    checks.cu_seqlens("segments.cu_seqlens_k", cu_seqlens_k, "key", key)
+    if checks.is_readable(cu_seqlens_k) and cu_seqlens_k[-1] != key.shape[0]:
+        rule = f"have the vision tokens that segments count ({int(cu_seqlens_k[-1])})"
+        checks.fail("key", rule, key.shape[0])
+
+
 def _checked_ranges(segments: MediaSegments, x: Tensor) -> tuple[Tensor, Tensor]:
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        checks.cu_seqlens(f"segments.{name}", getattr(segments, name), "x", x)
+    checks.cu_seqlens("segments.cu_seqlens_q", segments.cu_seqlens_q, "x", x)
     shape = (segments.cu_seqlens_q.shape[0] - 1, 2)
     checks.shape("segments.cu_seqlens_k", segments.cu_seqlens_k, (shape[0] + 1,), "[num_segments + 1]")
     ranges = []

@@ -30,7 +30,7 @@ class MediaSegments(NamedTuple):
 
     Of `decode_segments` alone, for the kernels of few queries: key_ranges, int32 [batch, 2], are the (first,
     end) of each sample's keys in the packed vision tokens, (0, 0) where it has none. max_keys, the longest
-    range, is a hint: a wrong one costs time and changes no result.
+    range, is a hint: a wrong one costs time, and changes a result by no more than its rounding.
     """
 
     cu_seqlens_q: Tensor

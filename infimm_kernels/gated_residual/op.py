@@ -18,9 +18,10 @@ def gated_residual_projection(
 ) -> Tensor:
     """A residual stream plus a gated projection: ``x + tanh(gate) * (o @ weight^T) * row_mask``.
 
-    The gate is element-wise over the hidden channels (tanh gating: Alayrac et al. 2022, Flamingo). Where the
-    gate is zero, and in rows whose mask is False, the result is x bit for bit (a NaN or inf in o or weight
-    still shows through a zero gate, as in eager PyTorch; it does not show in a masked row).
+    The gate is element-wise over the hidden channels (tanh gating: Alayrac et al. 2022, Flamingo). Outside
+    transforms the result is x bit for bit where the gate is zero and in rows whose mask is False (a NaN or
+    inf in o or weight still shows through a zero gate, as in eager PyTorch; it does not show in a masked
+    row).
 
     Args:
         x: [..., hidden], float16, bfloat16, float32 or float64.
@@ -40,10 +41,11 @@ def gated_residual_projection(
     Forward-mode AD, torch.func transforms and the backward of the backward run a plain PyTorch version.
 
     Saved for the backward are o, weight, gate and row_mask alone; gradients that nothing needs are not
-    computed. Results and gradients are the same bits in every run. In Triton, where inner is above 1024 and
-    there are more than 64 rows, o @ weight^T (not in float16) is a product of PyTorch's library, under its
-    settings (TF32, reduced-precision sums), with one element-wise kernel behind it; so is the gradient of o,
-    whatever the number of rows. Which is faster was not measured yet.
+    computed. In Triton, where inner is above 1024 and there are more than 64 rows, o @ weight^T (not in
+    float16) is a product of PyTorch's library, under its settings (TF32, reduced-precision sums), with one
+    element-wise kernel behind it; so is the gradient of o, whatever the number of rows. Which is faster was
+    not measured yet. What our kernels compute has the same bits in every run; for the library's products its
+    own rules hold.
 
     Raises:
         ValueError: an argument breaks a rule above, or the named backend cannot run.
@@ -61,8 +63,11 @@ def gated_residual_projection(
     check_branch("o", o, x)
     checks.same_kind("weight", weight, "o", o)
     hidden, inner = x.shape[-1], o.shape[-1]
-    if hidden < 1 or inner < 1:
+    if weight.numel() == 0:
         checks.fail("weight", "have at least one row and one column", list(weight.shape))
+    for name, value in (("x", x), ("o", o)):
+        if value.shape[-1] < 1:
+            checks.fail(name, "have at least one channel", list(value.shape))
     checks.shape("o", o, (*x.shape[:-1], inner), "[..., inner] with the leading shape of x")
     checks.shape("weight", weight, (hidden, inner), "[hidden, inner]")
     checks.shape("gate", gate, (hidden,), "[hidden]")

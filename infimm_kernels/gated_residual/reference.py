@@ -31,9 +31,12 @@ def forward(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor
 
 def differentiable(x: Tensor, o: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:
     """`forward` for transforms: where a gate is zero its derivative is not, so no zero may be filled over."""
-    update = _update(x, o, weight, gate)
-    if row_mask is not None:
-        update = update.masked_fill(~row_mask.unsqueeze(-1), -0.0)
+    if row_mask is None:
+        update = _update(x, o, weight, gate)
+    else:
+        masked = ~row_mask.unsqueeze(-1)
+        # o too, or a NaN in a masked row would meet a zero in the gradient of weight.
+        update = _update(x, o.masked_fill(masked, 0.0), weight, gate).masked_fill(masked, -0.0)
     return (x.to(update.dtype) + update).to(x.dtype)
 
 

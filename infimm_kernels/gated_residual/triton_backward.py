@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infimm_kernels.backends import AotConfig
+from infimm_kernels.backends import AotConfig, capability_of
 from infimm_kernels.checks import unit_last_stride
 from infimm_kernels.gated_residual.triton_elementwise import (
     DTYPES,
@@ -22,9 +22,9 @@ from infimm_kernels.gated_residual.triton_elementwise import (
     flat_row_mask,
     launch_scale,
     rows_in,
-    tile_of_program,
 )
-from infimm_kernels.gated_residual.triton_forward import GROUP_M, LARGE_INNER, capability_of
+from infimm_kernels.gated_residual.triton_forward import GROUP_M, LARGE_INNER
+from infimm_kernels.triton_common import rows_per_sum, tile_of_program
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -99,12 +99,16 @@ def gated_residual_backward_weight_kernel(
     WITH_DWEIGHT: tl.constexpr,
     WITH_DGATE: tl.constexpr,
     EVEN: tl.constexpr,
+    ROWS_PER_SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """sums: float32 [blocks of inner, hidden], the part of rowsum(weight * S) that is in a block."""
+    """sums: float32 [blocks of inner, hidden], the part of rowsum(weight * S) that is in a block.
+
+    ROWS_PER_SUM: 0, or the rows after which a new sum begins.
+    """
     blocks_m, blocks_n = tl.cdiv(hidden, BLOCK_M), tl.cdiv(inner, BLOCK_N)
     block_m, block_n = tile_of_program(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
     channels = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -116,6 +120,7 @@ def gated_residual_backward_weight_kernel(
     dy_step = tl.cast(stride_dy_row, tl.int64) * BLOCK_K
     o_step = tl.cast(stride_o_row, tl.int64) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = acc
     for start in range(0, num_rows, BLOCK_K):
         # Both factors of a masked row stay unread: a NaN of either would meet a zero of the other.
         kept = rows_in(row_mask_ptr, start + rows, num_rows, HAS_ROW_MASK)
@@ -130,17 +135,26 @@ def gated_residual_backward_weight_kernel(
         else:
             # dgate has no other source than S, so dy keeps 16 bits of its mantissa, in two numbers.
             high = dy.to(tl.bfloat16)
-            low = (dy - high.to(tl.float32)).to(tl.bfloat16)
+            rest = tl.where(tl.abs(high.to(tl.float32)) == float("inf"), 0.0, dy - high.to(tl.float32))
+            low = rest.to(tl.bfloat16)
             acc = tl.dot(low, o, acc, input_precision="ieee")
             acc = tl.dot(high, o, acc, input_precision="ieee")
+        if ROWS_PER_SUM:
+            is_last = (start + BLOCK_K) % ROWS_PER_SUM == 0
+            total = tl.where(is_last, total + acc, total)
+            acc = tl.where(is_last, 0.0, acc)
         dy_ptrs += dy_step
         o_ptrs += o_step
+    if ROWS_PER_SUM:
+        acc += total
 
     offsets = channels.to(tl.int64)[:, None]
     inside = channel_in[:, None] & column_in[None, :]
     if WITH_DGATE:
         weight_ptrs = weight_ptr + offsets * stride_weight_row + columns[None, :]
         products = acc * tl.load(weight_ptrs, mask=inside, other=0.0).to(tl.float32)
+        if not EVEN:  # where an inf of dy met the zero of a column that does not exist, acc is NaN
+            products = tl.where(inside, products, 0.0)
         sums_ptrs = sums_ptr + tl.cast(block_n, tl.int64) * hidden + channels
         tl.store(sums_ptrs, tl.sum(products, 1), mask=channel_in)
     if WITH_DWEIGHT:
@@ -279,6 +293,7 @@ def _weight_and_gate_gradients(
             WITH_DWEIGHT=needs[1],
             WITH_DGATE=needs[2],
             EVEN=hidden % tile.block_m == 0 and inner % tile.block_n == 0,
+            ROWS_PER_SUM=rows_per_sum(o.dtype),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
@@ -316,6 +331,7 @@ def aot_configs() -> Iterator[AotConfig]:
                 frozen = ("weight", "gate") if branch == "bf16" and has_row_mask and even else ()
                 for without in (None, *frozen):
                     flags |= {"WITH_DWEIGHT": without != "weight", "WITH_DGATE": without != "gate"}
+                    flags["ROWS_PER_SUM"] = rows_per_sum(torch.float32 if o == "fp32" else dtype)
                     pointers = {"dy": stream, "o": o, "weight": branch, "t": "fp32"}
                     pointers |= {"dweight": branch} if without != "weight" else {}
                     pointers |= {"sums": "fp32"} if without != "gate" else {}

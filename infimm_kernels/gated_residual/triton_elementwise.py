@@ -63,15 +63,6 @@ def rows_in(row_mask_ptr, rows, num_rows, HAS_ROW_MASK: tl.constexpr):
     return row_in
 
 
-@triton.jit
-def tile_of_program(program, num_blocks_m, num_blocks_n, GROUP_M: tl.constexpr):
-    """Tiles go down GROUP_M row blocks before the next column block, so a group shares its rows in L2."""
-    programs_per_group = GROUP_M * num_blocks_n
-    first_m = (program // programs_per_group) * GROUP_M
-    group_m = tl.minimum(num_blocks_m - first_m, GROUP_M)
-    return first_m + (program % programs_per_group) % group_m, (program % programs_per_group) // group_m
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def gated_residual_epilogue_kernel(
     x_ptr,

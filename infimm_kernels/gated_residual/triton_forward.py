@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infimm_kernels import backends
-from infimm_kernels.backends import AotConfig
+from infimm_kernels.backends import AotConfig, capability_of
 from infimm_kernels.checks import unit_last_stride
 from infimm_kernels.gated_residual.triton_elementwise import (
     DTYPES,
@@ -24,8 +23,8 @@ from infimm_kernels.gated_residual.triton_elementwise import (
     launch_epilogue,
     rows_in,
     tanh,
-    tile_of_program,
 )
+from infimm_kernels.triton_common import tile_of_program
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -109,10 +108,6 @@ def tile_for(num_rows: int, dtype: torch.dtype, capability: tuple[int, int]) -> 
     if capability[0] in (9, 10):  # the GPUs with more than 200 KB of shared memory
         return Tile(128, 128, 64, 8, 3)
     return Tile(128, 128, 32, 8, 3)
-
-
-def capability_of(x: Tensor) -> tuple[int, int]:
-    return backends.capability(x.device) if x.is_cuda else (8, 0)
 
 
 def launch_gated_residual_projection(

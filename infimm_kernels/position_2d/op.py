@@ -39,7 +39,8 @@ def add_position_2d(
             "window".
         num_prefix_tokens: 0 to 8 tokens (CLS) in front of the patches of each window.
         out: a tensor to write into, with the shape, dtype and device of x: x itself, which is then changed in
-            place, or memory apart from x. As with torch's out=, there is no gradient then.
+            place, or one that ends before x begins or begins after x ends in memory; torch.compile does not
+            look. As with torch's out=, there is no gradient then.
         backend: "reference", "triton" or "cuda"; None chooses. See `infimm_kernels.backends`.
 
     Returns:
@@ -74,7 +75,7 @@ def _check_out(out: object, x: Tensor, positions: Tensor) -> None:
     if torch.compiler.is_compiling() or out.device.type == "meta":
         return  # no addresses there; a compiled call writes as if out and x were apart
     if out is not x and (out.data_ptr(), out.stride()) != (x.data_ptr(), x.stride()) and _overlap(out, x):
-        checks.fail("out", "be x itself or memory apart from it", "memory that overlaps with x")
+        checks.fail("out", "be x itself or lie before or behind it in memory", "memory between its ends")
     if _overlap(out, positions):
         checks.fail("out", "be memory apart from positions", "memory that overlaps with positions")
     reach = 1

@@ -179,7 +179,7 @@ def config(longest_line: int, element_size: int) -> tuple[int, int]:
     return 32 if longest_line > 16 else 16, 2 if element_size == 2 else 4
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # unbounded: a captured CUDA graph keeps the addresses
 def _frequencies(half: int, device: torch.device) -> Tensor:
     """10000^(-2k / half), k < half / 2, rounded once: a rounded exponent would move distant positions."""
     exponent = torch.arange(0, half, 2, dtype=torch.float64) / half

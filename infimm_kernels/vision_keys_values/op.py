@@ -41,7 +41,7 @@ def vision_keys_values(
     Returns:
         num_layers pairs (key, value), each [num_windows * seqlen, num_heads, head_dim] in the dtype of
         features: contiguous parts of one tensor. Sums are in float32 at least, and equal those of adding the
-        position first but for rounding.
+        position first but for rounding (and for an inf in weight, which a position may turn into NaN).
 
     The backward keeps the inputs alone, and computes the gradient of features or of weight only when it is
     wanted. Under autocast both are cast to its dtype. Forward-mode AD, torch.func transforms and the backward

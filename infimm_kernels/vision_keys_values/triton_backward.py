@@ -7,17 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infimm_kernels.backends import AotConfig
+from infimm_kernels.backends import AotConfig, capability_of
 from infimm_kernels.checks import unit_last_stride
 from infimm_kernels.position_2d.triton_forward import launch_add_position_2d
+from infimm_kernels.triton_common import rows_per_sum, tile_of_program
 from infimm_kernels.vision_keys_values.triton_forward import (
     DTYPES,
     GROUP_M,
     Config,
-    capability,
     config,
     finish_tile,
-    grouped_tile,
 )
 
 
@@ -46,7 +45,7 @@ def vision_keys_values_backward_features_kernel(
 
     One loop over the inner channels of all chunks: a loop inside a loop would empty its pipeline every time.
     """
-    block_m, block_n = grouped_tile(
+    block_m, block_n = tile_of_program(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP_M
     )
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -102,6 +101,7 @@ def vision_keys_values_backward_weight_kernel(
     inner,
     hidden,
     EVEN: tl.constexpr,
+    ROWS_PER_SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,9 +109,9 @@ def vision_keys_values_backward_weight_kernel(
     SLICES: tl.constexpr,
 ):
     """dweight [num_chunks, inner, hidden] = dkv^T y, with dkv [num_chunks, num_rows, inner], y the features
-    with their positions."""
+    with their positions. ROWS_PER_SUM: 0, or the rows after which a new sum begins."""
     blocks_per_chunk = tl.cdiv(inner, BLOCK_M)
-    block_m, block_n = grouped_tile(
+    block_m, block_n = tile_of_program(
         tl.program_id(0), num_chunks * blocks_per_chunk, tl.cdiv(hidden, BLOCK_N), GROUP_M
     )
     chunk = (block_m // blocks_per_chunk).to(tl.int64)
@@ -126,6 +126,7 @@ def vision_keys_values_backward_weight_kernel(
     dkv_step = tl.cast(stride_dkv_row, tl.int64) * BLOCK_K
     y_step = tl.cast(stride_y_row, tl.int64) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = acc
     for start in range(0, num_rows, BLOCK_K):
         token_in = tokens < num_rows - start
         if EVEN:
@@ -135,8 +136,14 @@ def vision_keys_values_backward_weight_kernel(
             dkv = tl.load(dkv_ptrs, mask=inner_in[:, None] & token_in[None, :], other=0.0)
             y = tl.load(y_ptrs, mask=token_in[:, None] & column_in[None, :], other=0.0)
         acc = tl.dot(dkv, y, acc, input_precision="ieee")
+        if ROWS_PER_SUM:
+            is_last = (start + BLOCK_K) % ROWS_PER_SUM == 0
+            total = tl.where(is_last, total + acc, total)
+            acc = tl.where(is_last, 0.0, acc)
         dkv_ptrs += dkv_step
         y_ptrs += y_step
+    if ROWS_PER_SUM:
+        acc += total
     out_ptr = dweight_ptr + (chunk * inner + first) * hidden
     column = block_n * BLOCK_N
     finish_tile(
@@ -151,7 +158,7 @@ def launch_backward_features(dkv: Tensor, weight: Tensor) -> Tensor:
     if num_rows == 0:
         return dfeatures
     dkv, chunks = unit_last_stride(dkv.flatten(0, 1)), unit_last_stride(weight.flatten(0, 1))
-    tile = config(dkv.dtype, capability(dkv), wide=inner % 64 == 0 and hidden % 256 == 0)
+    tile = config(dkv.dtype, capability_of(dkv), wide=inner % 64 == 0 and hidden % 256 == 0)
     with torch.cuda.device_of(dkv):
         vision_keys_values_backward_features_kernel[
             (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(hidden, tile.block_n),)
@@ -196,7 +203,7 @@ def launch_backward_weight(
         y = torch.empty(features.shape, dtype=features.dtype, device=features.device)
         launch_add_position_2d(y, features, positions, granularity, window_shape, num_prefix_tokens)
     y, dkv = unit_last_stride(y.flatten(0, 1)), unit_last_stride(dkv.flatten(0, 1))
-    tile = config(dkv.dtype, capability(dkv), wide=inner % 128 == 0 and hidden % 256 == 0)
+    tile = config(dkv.dtype, capability_of(dkv), wide=inner % 128 == 0 and hidden % 256 == 0)
     blocks = dkv.shape[0] * triton.cdiv(inner, tile.block_m)
     with torch.cuda.device_of(dkv):
         vision_keys_values_backward_weight_kernel[(blocks * triton.cdiv(hidden, tile.block_n),)](
@@ -211,6 +218,7 @@ def launch_backward_weight(
             inner,
             hidden,
             EVEN=inner % tile.block_m == 0 and hidden % tile.block_n == 0,
+            ROWS_PER_SUM=rows_per_sum(dkv.dtype),
             **_tile_arguments(tile),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -254,7 +262,7 @@ def aot_configs() -> Iterator[AotConfig]:
                     vision_keys_values_backward_weight_kernel,
                     ("dkv_ptr", "y_ptr", "dweight_ptr"),
                     ("dkv_chunk", "dkv_row", "y_row"),
-                    constexprs,
+                    constexprs | {"ROWS_PER_SUM": rows_per_sum(dtype)},
                     tile,
                     arch,
                     name,

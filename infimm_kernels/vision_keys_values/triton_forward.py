@@ -12,20 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infimm_kernels import backends
-from infimm_kernels.backends import AotConfig
+from infimm_kernels.backends import AotConfig, capability_of
 from infimm_kernels.checks import unit_last_stride
 from infimm_kernels.position_2d.triton_forward import position_table
-
-
-@triton.jit
-def grouped_tile(program, num_blocks_m, num_blocks_n, GROUP_M: tl.constexpr):
-    """The tile of a program: down GROUP_M row blocks, then right, so that a group shares its rows in L2."""
-    programs_per_group = GROUP_M * num_blocks_n
-    first_m = (program // programs_per_group) * GROUP_M
-    group_m = tl.minimum(num_blocks_m - first_m, GROUP_M)
-    in_group = program % programs_per_group
-    return first_m + in_group % group_m, in_group // group_m
+from infimm_kernels.triton_common import tile_of_program
 
 
 @triton.jit
@@ -79,6 +69,7 @@ def vision_keys_values_kernel(
     weight_ptr,
     table_ptr,
     row_table_ptr,
+    positions_ptr,
     out_ptr,
     stride_x_window,
     stride_x_token,
@@ -104,9 +95,10 @@ def vision_keys_values_kernel(
 
     PLACE: "none"; "window", with table [num_chunks, num_windows, inner]; or "token", with table [num_chunks,
     num_windows * width, inner] and row_table [num_chunks, num_windows * height, inner].
+    positions: contiguous [num_windows, 2], unless PLACE is "none".
     """
     blocks_per_chunk = tl.cdiv(inner, BLOCK_N)
-    block_m, block_n = grouped_tile(
+    block_m, block_n = tile_of_program(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), num_chunks * blocks_per_chunk, GROUP_M
     )
     chunk = (block_n // blocks_per_chunk).to(tl.int64)
@@ -138,12 +130,16 @@ def vision_keys_values_kernel(
     placed = row_in
     table_ptrs, row_table_ptrs = table_ptr, row_table_ptr
     if PLACE != "none":
+        # Without a position nothing is added: the table's zero of it is NaN where weight has an inf.
+        position_ptrs = positions_ptr + (rows // seqlen).to(tl.int64) * 2
+        placed &= tl.load(position_ptrs, mask=row_in, other=-1) >= 0
+        placed &= tl.load(position_ptrs + 1, mask=row_in, other=-1) >= 0
         windows = chunk * (num_rows // seqlen) + rows // seqlen
         if PLACE == "window":
             table_ptrs = table_ptr + windows * inner
         else:
             patches = rows % seqlen - num_prefix_tokens
-            placed = row_in & (patches >= 0)
+            placed &= patches >= 0
             table_ptrs = table_ptr + (windows * width + patches % width) * inner
             row_table_ptrs = row_table_ptr + (windows * height + patches // width) * inner
     out_ptr += (chunk * num_rows + block_m * BLOCK_M) * inner
@@ -192,10 +188,6 @@ def table_config(dtype: torch.dtype) -> Config:
 GROUP_M = 8
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    return backends.capability(x.device) if x.is_cuda else (8, 0)
-
-
 def launch_vision_keys_values(
     features: Tensor,
     weight: Tensor,
@@ -215,12 +207,12 @@ def launch_vision_keys_values(
         return kv
     features, chunks = unit_last_stride(features), unit_last_stride(weight.flatten(0, 1))
     height, width = window_shape
-    place, tables = "none", (None, None)
+    place, tables = "none", (None, None, None)
     with torch.cuda.device_of(features):
         if positions is not None and height * width > 0:  # else "token" with prefix tokens alone
             place = granularity
-            tables = _tables(chunks, positions, place, height, width)
-        tile = config(features.dtype, capability(features), wide=inner % 256 == 0)
+            tables = (*_tables(chunks, positions, place, height, width), positions.contiguous())
+        tile = config(features.dtype, capability_of(features), wide=inner % 256 == 0)
         _launch(features, chunks, kv, tile, place, tables, width, height, num_prefix_tokens)
     return kv
 
@@ -252,12 +244,15 @@ def _launch(
     out: Tensor,
     tile: Config,
     place: str = "none",
-    tables: tuple[Tensor | None, Tensor | None] = (None, None),
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     width: int = 1,
     height: int = 1,
     num_prefix_tokens: int = 0,
 ) -> None:
-    """x [num_windows, seqlen, hidden], chunks [num_chunks, inner, hidden]."""
+    """x [num_windows, seqlen, hidden], chunks [num_chunks, inner, hidden].
+
+    tables: table, row_table and positions of the kernel.
+    """
     num_windows, seqlen, hidden = x.shape
     num_chunks, inner, _ = chunks.shape
     num_rows = num_windows * seqlen
@@ -314,6 +309,8 @@ def _aot_config(
 ) -> AotConfig:
     signature = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "out_ptr": f"*{out_dtype}"}
     signature |= dict.fromkeys(TABLES[place], "*fp32")
+    if place != "none":
+        signature["positions_ptr"] = "*i32"
     integers = ("stride_x_window", "stride_x_token", "stride_weight_chunk", "stride_weight_row", "num_rows")
     integers += ("seqlen", "num_chunks", "inner", "hidden", "width", "height", "num_prefix_tokens")
     signature |= dict.fromkeys(integers, "i32")
@@ -326,7 +323,7 @@ def _aot_config(
         "GROUP_M": GROUP_M,
         "SLICES": tile.slices,
     }
-    constexprs |= {table: None for table in TABLES["token"] if table not in signature}
+    constexprs |= {name: None for name in (*TABLES["token"], "positions_ptr") if name not in signature}
     return AotConfig(
         vision_keys_values_kernel,
         f"vision_keys_values {tile.block_m}x{tile.block_n} {place=!s} {even_hidden=} {dtype}->{out_dtype}",

@@ -132,6 +132,62 @@ def test_overlapping_segments_by_hand():
         media_segments(locations(rows), [5, 6, 7, 8], [1, 3], only_attend_immediate_media=0)
 
 
+def overlapping_step():
+    rows, vision_seqlens = ["..X...", "XX...X"], [5, 6, 7, 8]
+    option = {"only_attend_immediate_media": False}
+    return step_inputs(rows, vision_seqlens), media_segments(
+        locations(rows), vision_seqlens, [1, 3], **option
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segment_key_ranges": torch.zeros(6, 2)}, "segment_key_ranges must have dtype torch.int32, got"),
+        ({"segment_key_ranges": torch.zeros(5, 2).int()}, r"segment_key_ranges must have shape \[num_seg"),
+        ({"segment_query_ranges": None}, "segment_query_ranges must be a torch.Tensor, got NoneType"),
+        ({"segment_query_ranges": torch.zeros(6, 2, device="meta").int()}, "segment_query_ranges must be on"),
+        ({"cu_seqlens_q": torch.zeros(7)}, "cu_seqlens_q must have dtype torch.int32, got torch.float32"),
+        ({"cu_seqlens_k": torch.tensor([0, 26]).int()}, r"cu_seqlens_k must have shape \[num_segments"),
+    ],
+)
+def test_wrong_overlapping_segments_are_refused(change, message):
+    inputs, segments = overlapping_step()
+    with pytest.raises(ValueError, match=message):
+        gated_cross_attention(*inputs, segments._replace(**change))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("segments_of", [media_segments, decode_segments], ids=lambda f: f.__name__)
+def test_a_forgotten_image_is_refused(segments_of, grad):
+    """Ranges of keys are cut to the keys there are: more keys than counted once gave a wrong number."""
+    inputs, segments = overlapping_step()
+    if segments_of is decode_segments:
+        segments = decode_segments([5, 6, 7, 8], [1, 3], text_len=6, only_attend_immediate_media=False)
+    x, query, key, *rest = inputs
+    key, rest[0] = (torch.cat((t, t[:2])) for t in (key, rest[0]))
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(ValueError, match=r"^key must have the vision tokens .*26"),
+    ):
+        gated_cross_attention(x, query, key, *rest, segments)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 0, 4), (2, 6, 2, 0)], ids=str)
+@pytest.mark.parametrize("immediate", [True, False])
+def test_no_heads_or_channels_are_refused(shape, immediate):
+    """Zero heads once divided by zero in the CPU's kernel and took the process down."""
+    (x, _, key, _, _, gate), _ = overlapping_step()
+    key = key.detach()[..., : shape[3]]
+    weight = torch.randn(12, shape[2] * shape[3], dtype=torch.float64)
+    step = decode_segments([5, 6, 7, 8], [1, 3], text_len=6, only_attend_immediate_media=immediate)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="query must have at least one head and one channel"),
+    ):
+        gated_cross_attention(x, torch.randn(shape, dtype=torch.float64), key, key, weight, gate, step)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_generated_text_sees_all_images_of_its_sample(grad):
     """The last rows of a text that was read at once, and the same rows generated after it."""

@@ -133,6 +133,35 @@ def test_autocast_with_a_bfloat16_stream():
     torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.3)
 
 
+@pytest.mark.parametrize("norm", [1, 2], ids=NAMES.__getitem__)
+def test_the_norm_has_the_widest_dtype_of_its_parts(norm):
+    inputs = [t.detach().bfloat16() for t in inputs_of((70,), dtype=torch.float32)]
+    inputs[3] = inputs[3].float()
+    wide = [t.float() if i in (1, 2) else t for i, t in enumerate(inputs)]
+    one_wide = [t.float() if i == norm else t for i, t in enumerate(inputs)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = gated_feed_forward(*wide), gated_feed_forward(*one_wide)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_what_is_in_masked_rows_reaches_no_gradient(value, backend, interpreter):
+    inputs = inputs_of((6,), dtype=torch.float32)
+    mask = torch.arange(6) % 2 == 0
+    with torch.no_grad():
+        inputs[0][~mask] = value
+    y = gated_feed_forward(*inputs, row_mask=mask, backend=backend)
+    assert torch.equal(y[~mask].nan_to_num(7.0), inputs[0][~mask].nan_to_num(7.0))
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, inputs, dy)
+    assert torch.equal(found[0][~mask], dy[~mask])
+    kept = gated_feed_forward(inputs[0][mask], *inputs[1:], backend=backend)
+    expected = torch.autograd.grad(kept, inputs, dy[mask])
+    for ours, theirs, rows in zip(found, expected, (mask, *[...] * 5), strict=True):
+        torch.testing.assert_close(ours[rows], theirs[rows])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(masked):
     inputs = inputs_of((2, 2), 3, 4)
@@ -197,7 +226,7 @@ WRONG = [
     ({"x": torch.tensor(1.0)}, "x must have at least one dimension, got []"),
     ({"x": T(2, 12).long()}, "x must have dtype float16, bfloat16, float32 or float64, got torch.int64"),
     ({"x": T(2, 11)}, "weight_in must have shape [ffn, hidden] = [20, 11], got [20, 12]"),
-    ({"x": T(2, 0)}, "weight_in must have at least one row and one column, got [20, 12]"),
+    ({"x": T(2, 0)}, "x must have at least one channel, got [2, 0]"),
     ({"x": T(2, 12).half()}, "weight_in must have the dtype of x (torch.float16) or a narrower one"),
     ({"norm_weight": T(12).half()}, "norm_weight must have the dtype of x (torch.float32) or of weight_in"),
     ({"norm_weight": T(11)}, "norm_weight must have shape [hidden] = [12], got [11]"),
@@ -222,6 +251,7 @@ WRONG = [
     ({"eps": -1e-5}, "eps must be a positive number, got -1e-05"),
     ({"eps": math.nan}, "eps must be a positive number, got nan"),
     ({"eps": math.inf}, "eps must be a positive number, got inf"),
+    ({"eps": 10**400}, "eps must be a positive number, got 1000"),
     ({"eps": "1e-5"}, "eps must be a positive number, got 1e-5"),
     ({"eps": None}, "eps must be a positive number, got None"),
     ({"eps": True}, "eps must be a positive number, got True"),

@@ -100,6 +100,58 @@ def test_float16_products_do_not_overflow(stream):
         torch.testing.assert_close(a, b.to(a.dtype))
 
 
+def test_an_enabled_autocast_does_not_reach_the_products():
+    """In float16, the autocast's dtype, the product in the forward would be inf before the gate."""
+    x, o, weight, gate = (t.detach() for t in gated_inputs((3,), 4, 16, torch.float32))
+    o.fill_(100.0), weight.fill_(100.0), gate.fill_(0.01)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = gated_residual_projection(x, o, weight, gate)
+    torch.testing.assert_close(y, x + gate.tanh() * 160_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_enabled_autocast_changes_nothing_inside_the_backward(dtype):
+    dy, *rest = (t.detach() for t in gated_inputs((30,), dtype=dtype))
+    backward = torch.ops.infimm_kernels.gated_residual_projection_backward
+    expected = backward(dy, *rest, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = backward(dy, *rest, None)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_nan_in_masked_rows_reaches_no_gradient_of_a_transform():
+    inputs = [t.detach() for t in gated_inputs((6,))]
+    mask = torch.arange(6) % 2 == 0
+    inputs[1][~mask] = torch.nan
+
+    def loss(*inputs):
+        return gated_residual_projection(*inputs, row_mask=mask).sin().sum()
+
+    found = torch.func.grad(loss, (0, 1, 2, 3))(*inputs)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(t.isfinite().all() for t in expected)
+    assert max(map(max_error, found, expected)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(5, 0)}, "x must have at least one channel, got [5, 0]"),
+        ({"o": torch.randn(5, 0)}, "o must have at least one channel, got [5, 0]"),
+        ({"weight": torch.randn(0, 8)}, "weight must have at least one row and one column, got [0, 8]"),
+        ({"weight": torch.randn(12, 0)}, "weight must have at least one row and one column, got [12, 0]"),
+    ],
+    ids=["x", "o", "no rows", "no columns"],
+)
+def test_an_empty_argument_is_named(change, message):
+    inputs = (t.detach() for t in gated_inputs((5,), dtype=torch.float32))
+    legal = dict(zip(("x", "o", "weight", "gate"), inputs, strict=True))
+    with pytest.raises(ValueError) as raised:
+        gated_residual_projection(**(legal | change))
+    assert str(raised.value) == message
+
+
 def bits(x):
     return x.detach().contiguous().view(torch.uint8)
 

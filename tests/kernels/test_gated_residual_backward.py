@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from bench.static import compile as aot
 from infimm_kernels import gated_residual_projection
 from infimm_kernels.testing import assert_within_twice_eager, max_error
 from tests.kernels.cases import MIXED_DTYPES, eager_gated, exact, gated_inputs
@@ -73,14 +74,56 @@ def test_few_rows(rows, dtype, interpreter):
 
 
 def test_few_rows_share_their_tiles(interpreter):
-    """One compiled kernel for up to 16 rows and one for up to 64: generation must not compile per batch."""
-    from infimm_kernels.gated_residual.triton_forward import gated_residual_kernel, tile_for
+    """One tile for up to 16 rows and one for up to 64: generation must not compile per batch."""
+    from infimm_kernels.gated_residual.triton_forward import tile_for
 
     for dtype in FLOATS:
         tiles = [tile_for(rows, dtype, (9, 0)) for rows in range(1, 66)]
         assert [len(list(group)) for _, group in itertools.groupby(tiles)] == [16, 48, 1]
-    assert "num_rows" in gated_residual_kernel.arg_names
     assert 5120 // tiles[0].block_n >= 132  # multiprocessors of an H100
+
+
+def specialised_on_rows(module: str) -> list[tuple[str, bool]]:
+    """Of each kernel with num_rows: its name, and whether it is compiled again for some numbers of rows."""
+    kernels = {config.kernel.__name__: config.kernel for config in aot.shipped(module)}
+    return [
+        (name, not parameter.do_not_specialize)
+        for name, kernel in kernels.items()
+        for parameter in kernel.params
+        if parameter.name == "num_rows"
+    ]
+
+
+def test_the_number_of_rows_is_no_part_of_a_compiled_kernel():
+    """Outside the interpreter, whose kernels know nothing of it."""
+    pytest.importorskip("triton")
+    modules = [module for module in aot.modules() if ".gated_residual." in module]
+    found = aot.in_processes(specialised_on_rows, [(module,) for module in modules], 1)
+    assert sorted(kernel for each in found for kernel in each) == [
+        ("gated_residual_backward_input_kernel", False),
+        ("gated_residual_backward_weight_kernel", False),
+        ("gated_residual_epilogue_kernel", False),
+        ("gated_residual_kernel", False),
+        ("gated_residual_scale_kernel", False),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, MIXED_DTYPES[2]], ids=str)
+def test_float32_has_a_sum_per_some_rows(dtype, interpreter):
+    """One running sum over so many rows had 2.1 times eager's error for weight, 6 times for gate."""
+    rows = 32_768 if dtype == torch.float32 else 10_250
+    check_error_rule(gated_inputs((rows,), 8, 8, dtype), None, None, "triton")
+
+
+@every_dtype
+@pytest.mark.parametrize("inner", [24, 128], ids=["with tails", "without"])
+def test_an_inf_in_dy_stays_one(dtype, inner, interpreter):
+    dy, *rest = (t.detach().abs() + 0.1 for t in gated_inputs((5,), 128, inner, dtype))
+    dy[2, 3] = torch.inf
+    ours, expected = (BACKWARD(dy, *rest, None, (False, True, True), b)[1:] for b in ("triton", "reference"))
+    for a, b in zip(ours, expected, strict=True):
+        assert b.isinf().any() and not b.isnan().any()
+        assert torch.equal(a.isinf(), b.isinf()) and not a.isnan().any()
 
 
 @pytest.fixture

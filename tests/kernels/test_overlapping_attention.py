@@ -122,26 +122,60 @@ def test_gpu(samples, dtype):
     check(samples, None, dtype=dtype, num_heads=4, num_kv_heads=2, head_dim=64, device="cuda")
 
 
-def test_ranges_outside_the_keys_are_not_read(interpreter):
-    """The kernels clamp what a GPU's host cannot check: no read past the end, nothing written elsewhere."""
-    q, k, v = inputs_of(SAMPLES[0], dtype=torch.float16)
-    cu_q, cu_k, key_ranges, query_ranges = segments_of(SAMPLES[0])
-    beyond = key_ranges.clone()
-    beyond[:, 1] = torch.where(key_ranges[:, 1] == k.shape[0], 10**6, key_ranges[:, 1])
-    expected = overlapping_attention(q, k, v, cu_q, cu_k, key_ranges, query_ranges, 0.25, "triton")
-    found = overlapping_attention(q, k, v, cu_q, cu_k, beyond, query_ranges, 0.25, "triton")
-    assert torch.equal(found, expected)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("side", ["key_ranges", "query_ranges"])
+@pytest.mark.parametrize("wrong", [(-5, None), (None, 10**6), (10**6, None), (7, 3)], ids=str)
+def test_ranges_are_cut_to_the_tokens_there_are(wrong, side, deterministic, interpreter):
+    """A GPU's host cannot check them, so the kernels cut what would reach outside; seen from both sides."""
+    q, k, v = (x.detach() for x in inputs_of(SAMPLES[0], dtype=torch.float16))
+    cu_q, cu_k, *ranges = segments_of(SAMPLES[0])
+    total = len(k if side == "key_ranges" else q)
+    which = ["key_ranges", "query_ranges"].index(side)
+    wild = ranges[which].clone()
+    for place, number in enumerate(wrong):
+        if number is not None:
+            wild[3, place] = number
+    cut = wild.clamp(0, total)
+    cut[:, 1] = torch.maximum(cut[:, 0], cut[:, 1])
+    forward, backward = (
+        getattr(torch.ops.infimm_kernels, f"overlapping_attention{suffix}") for suffix in ("", "_backward")
+    )
+    dout, results = torch.randn_like(q), []
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for changed in (wild, cut):
+            ranges[which] = changed
+            saved = forward(q, k, v, cu_q, cu_k, *ranges, 0.25, "triton")
+            grads = backward(q, k, v, *saved, dout, None, cu_q, cu_k, *ranges, 0.25, "triton")
+            results.append([*saved, *grads])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # Ranges that disagree about who sees whom have no right result, but they have the same one.
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
-def test_wrong_ranges_are_refused_on_the_cpu():
-    q, k, v = inputs_of(SAMPLES[0])
-    cu_q, cu_k, key_ranges, query_ranges = segments_of(SAMPLES[0])
-    for wrong in ((3, 2), (-1, 2), (0, k.shape[0] + 1)):
-        key_ranges[1] = torch.tensor(wrong)
-        with pytest.raises(
-            ValueError, match=r"^key_ranges must be ranges within the 16 keys, got \(" + str(wrong[0])
-        ):
-            overlapping_attention(q, k, v, cu_q, cu_k, key_ranges, query_ranges, 1.0)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (0, lambda x: x + 1, "cu_seqlens_q must start at 0, got 1"),
+        (
+            1,
+            lambda x: torch.cat((x[:-1], x[-1:] - 1)),
+            r"cu_seqlens_k must end at the number of tokens \(16\)",
+        ),
+        (2, lambda x: x.flip(1), r"segment_key_ranges must be ranges within the 16 keys, got \(5, 0\)"),
+        (2, lambda x: x + 1, r"segment_key_ranges must be ranges within the 16 keys, got \(\d+, 17\)"),
+        (3, lambda x: x - 1, r"segment_query_ranges must be ranges within the 15 queries, got \(-1, 9\)"),
+    ],
+)
+def test_wrong_numbers_are_refused_on_the_cpu(which, change, message, backend, interpreter):
+    segments = list(segments_of(SAMPLES[0]))
+    segments[which] = change(segments[which])
+    inputs = inputs_of(SAMPLES[0], dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        overlapping_attention(*inputs, *segments, 1.0, backend)
 
 
 def test_gradcheck():

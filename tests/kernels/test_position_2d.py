@@ -175,14 +175,14 @@ BAD_OUT = [
     (X.to("meta"), "out must be on the device of x (cpu), got meta"),
     (
         BASE[8:368].view(5, 9, 8),
-        "out must be x itself or memory apart from it, got memory that overlaps with x",
+        "out must be x itself or lie before or behind it in memory, got memory between its ends",
     ),
     (
         BASE[359:719].view(5, 9, 8),
-        "out must be x itself or memory apart from it, got memory that overlaps with",
+        "out must be x itself or lie before or behind it in memory, got memory between its ends",
     ),
     (X.mT.reshape(5, 9, 8).as_strided(X.shape, (72, 1, 9)), None),
-    (BASE[:360].as_strided(X.shape, (72, 1, 9)), "out must be x itself or memory apart from it"),
+    (BASE[:360].as_strided(X.shape, (72, 1, 9)), "out must be x itself or lie before or behind it"),
     (
         BASE[360:].as_strided(X.shape, (72, 0, 1)),
         "out must have elements that do not overlap in memory, got str",

@@ -6,11 +6,9 @@ disagrees with it. A failure prints its set; `check(draw(SEED, BACKEND))` repeat
 
 import math
 import random
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from infimm_kernels import add_position_2d
 from infimm_kernels.testing import max_error
 from tests.kernels.cases import eager_position
 from tests.kernels.fuzz import LAYOUTS
+from tests.kernels.fuzzing import assert_refused, fuzz_tests
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROW_LAYOUTS = ("plain", "plain", "wide rows", "offset", "channel major", "every second channel")
@@ -145,39 +144,7 @@ def draw(seed: int, backend: str) -> ArgumentSet:
     return ArgumentSet(seed, backend, place, dtype, rng.choice(ROW_LAYOUTS), out, need, wrong)
 
 
-@pytest.mark.parametrize("seeds", [range(200)], ids=str)
-def test_reference(seeds):
-    for seed in seeds:
-        check(draw(seed, "reference"))
-
-
-@pytest.mark.parametrize("seeds", [range(20)], ids=str)
-def test_triton(seeds, interpreter):
-    for seed in seeds:
-        check(draw(seed, "triton"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("thousand", range(10))
-def test_ten_thousand_in_reference(thousand):
-    test_reference(range(1000 * thousand, 1000 * (thousand + 1)))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("hundred", range(5))
-def test_five_hundred_in_triton(hundred, interpreter):
-    test_triton(range(100 * hundred, 100 * (hundred + 1)), interpreter)
-
-
 def check(arguments: ArgumentSet) -> None:
-    """Raise AssertionError with the set in its text unless the set ends as it must."""
-    try:
-        _check(arguments)
-    except Exception as error:
-        raise AssertionError(f"{arguments}: {type(error).__name__}: {error}") from error
-
-
-def _check(arguments: ArgumentSet) -> None:
     place, wrong = arguments.place, arguments.wrong
     x = random_rows((place.num_windows, place.seqlen, place.hidden), arguments)
     x, out = with_memory(arguments.out, x)
@@ -191,7 +158,7 @@ def _check(arguments: ArgumentSet) -> None:
     if arguments.backend == "triton" and arguments.dtype == torch.float64:
         named = (*named, "backend")
     if named:
-        return check_refused(lambda: add_position_2d(**keywords), (*named, "out") if overlapping else named)
+        return assert_refused(lambda: add_position_2d(**keywords), (*named, "out") if overlapping else named)
     before = x.detach().clone()
     result = add_position_2d(**keywords)
     assert out is None or result is out
@@ -204,15 +171,6 @@ def _check(arguments: ArgumentSet) -> None:
         dout = torch.randn_like(result)
         assert torch.equal(torch.autograd.grad(result, x, dout)[0], dout)
     return None
-
-
-def check_refused(call: Callable[[], object], named: tuple[str, ...]) -> None:
-    try:
-        call()
-    except ValueError as error:
-        assert re.match(rf"({'|'.join(named)}) must ", str(error)), f"another argument is named: {error}"
-    else:
-        raise AssertionError("no error was raised")
 
 
 def check_sum(result: Tensor, x: Tensor, place: Place) -> None:
@@ -260,3 +218,8 @@ def with_memory(out: str | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def bits(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+test_reference, test_triton, test_ten_thousand_in_reference, test_five_hundred_in_triton = fuzz_tests(
+    draw, check, in_reference=200, in_triton=20
+)

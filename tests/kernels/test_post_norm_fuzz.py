@@ -7,7 +7,6 @@ import math
 import random
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,13 +14,13 @@ from infimm_kernels.post_norm import residual_post_norm
 from infimm_kernels.testing import max_error
 from tests.kernels.cases import eager_position, exact
 from tests.kernels.fuzz import GRADIENT_LAYOUTS, LAYOUTS
+from tests.kernels.fuzzing import assert_refused, fuzz_tests
 from tests.kernels.test_position_2d_fuzz import (
     DTYPES,
     ROW_LAYOUTS,
     TENSORS,
     Place,
     Wrong,
-    check_refused,
     draw_place,
     largest_coordinate,
     wrong_in_place,
@@ -120,38 +119,6 @@ def _wrong(rng: random.Random, arguments: ArgumentSet) -> Wrong:
     return Wrong(name, what, WRONG_TENSORS[what], NAMES[NAMES.index(name) :])
 
 
-@pytest.mark.parametrize("seeds", [range(200)], ids=str)
-def test_reference(seeds):
-    for seed in seeds:
-        check(draw(seed, "reference"))
-
-
-@pytest.mark.parametrize("seeds", [range(20)], ids=str)
-def test_triton(seeds, interpreter):
-    for seed in seeds:
-        check(draw(seed, "triton"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("thousand", range(10))
-def test_ten_thousand_in_reference(thousand):
-    test_reference(range(1000 * thousand, 1000 * (thousand + 1)))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("hundred", range(5))
-def test_five_hundred_in_triton(hundred, interpreter):
-    test_triton(range(100 * hundred, 100 * (hundred + 1)), interpreter)
-
-
-def check(arguments: ArgumentSet) -> None:
-    """Raise AssertionError with the set in its text unless the set ends as it must."""
-    try:
-        _check(arguments)
-    except Exception as error:
-        raise AssertionError(f"{arguments}: {type(error).__name__}: {error}") from error
-
-
 def tensors_of(arguments: ArgumentSet) -> list[Tensor]:
     generator = torch.Generator().manual_seed(arguments.seed)
     hidden = arguments.shape[-1]
@@ -164,7 +131,7 @@ def tensors_of(arguments: ArgumentSet) -> list[Tensor]:
     return [t.requires_grad_(need) for t, need in zip(made, arguments.needs, strict=True)]
 
 
-def _check(arguments: ArgumentSet) -> None:
+def check(arguments: ArgumentSet) -> None:
     tensors = tensors_of(arguments)
     keywords: dict[str, object] = dict(zip(NAMES, tensors, strict=True))
     options = {} if arguments.eps is None else {"eps": arguments.eps}
@@ -178,7 +145,7 @@ def _check(arguments: ArgumentSet) -> None:
         keywords[wrong.argument] = wrong.change(keywords.get(wrong.argument))
         named += wrong.named
     if named:
-        return check_refused(lambda: residual_post_norm(**keywords), named)
+        return assert_refused(lambda: residual_post_norm(**keywords), named)
 
     before = [t.detach().clone() for t in tensors]
     out = residual_post_norm(**keywords)
@@ -256,3 +223,8 @@ def assert_close(name: str, result: Tensor, eager: Tensor, right: Tensor, term_s
     allowed = FACTOR * eager_error + slack * (term_size + largest)
     error = max_error(result, right)
     assert error <= allowed < math.inf, f"{name} is off by {error:.3g}, {allowed:.3g} are allowed"
+
+
+test_reference, test_triton, test_ten_thousand_in_reference, test_five_hundred_in_triton = fuzz_tests(
+    draw, check, in_reference=200, in_triton=20
+)
