@@ -141,7 +141,10 @@ class _CrossAttention(Function):
 
 
 class GatedCrossAttention(_CrossAttention):
-    """gated_cross_attention of one text over the image that stands after its first sixteenth."""
+    """gated_cross_attention of one text over images of num_windows each, the first after its first sixteenth.
+
+    Of several images a token sees all those before it, whose keys overlap with other tokens' keys.
+    """
 
     op = "gated_cross_attention"
 
@@ -156,14 +159,20 @@ class GatedCrossAttention(_CrossAttention):
         hidden: int,
         num_heads: int,
         head_dim: int,
+        num_images: int = 1,
     ):
-        total = num_windows * seqlen
+        image = num_windows * seqlen
+        total = num_images * image
         super().__init__(device, dtype, 1, text_len, total, hidden, num_heads, head_dim)
-        locations = torch.arange(text_len, device=device) == text_len // 16
-        self.segments = media_segments(locations[None], [total], [1])
-        self.seen = text_len - text_len // 16
-        self.sees = locations.cumsum(0) == 1  # [text_len]
-        self.mask = self.sees[:, None].repeat(1, total)
+        first = text_len // 16
+        locations = torch.zeros(text_len, dtype=torch.bool, device=device)
+        locations[[first + i * (text_len - first) // num_images for i in range(num_images)]] = True
+        lengths, option = [image] * num_images, {"only_attend_immediate_media": num_images == 1}
+        self.segments = media_segments(locations[None], lengths, [num_images], **option)
+        images_before = locations.cumsum(0)  # [text_len]
+        self.sees = images_before > 0
+        self.mask = torch.arange(total, device=device) < (images_before * image)[:, None]
+        self.pairs, self.seen = int(self.mask.sum()), int(self.sees.sum())
         self.mask[:, 0] = True  # a softmax over nothing is NaN; rows that see nothing are left out afterwards
         self.draw()
 
@@ -190,7 +199,7 @@ class GatedCrossAttention(_CrossAttention):
 
     def flops(self, backward: bool) -> int:
         x, query, key, _, out_weight, _ = self.inputs
-        attention = 4 * self.seen * key.numel()
+        attention = 4 * self.pairs * key[0].numel()
         projection = 2 * self.seen * out_weight.numel()
         return attention * 5 // 2 + 2 * projection if backward else attention + projection
 

@@ -106,6 +106,8 @@ def _gated_block() -> list[Case]:
     for windows, rows in itertools.product(IMAGES, TEXTS):
         shape = {**image, "text_len": rows, "num_windows": windows}
         cases += _both("prefill", shape, op="gated_cross_attention")
+    several = {**image, "text_len": 384, "num_windows": 5, "num_images": 3}
+    cases += _both("prefill", several, op="gated_cross_attention")
     features = {"num_windows": 10, "seqlen": 1025, "hidden": VISION_HIDDEN, "num_prefix_tokens": 1, **HEADS}
     for layers, granularity in ((10, "window"), (10, "token"), (1, "window")):
         shape = {**features, "num_layers": layers, "granularity": granularity}
@@ -140,6 +142,7 @@ def _tiny_gated_block() -> list[Case]:
     decode = {**image, "batch": 2, "vision_hidden": 8}
     cases = [Case("decode", "gated_cross_attention_decode", decode)]
     cases += _both("prefill", {**image, "text_len": 32}, op="gated_cross_attention")
+    cases += _both("prefill", {**image, "text_len": 32, "num_images": 2}, op="gated_cross_attention")
     shape = {**image, "num_layers": 2, "granularity": "token", "num_prefix_tokens": 1}
     cases += _both("vision_keys_values", shape, op="vision_keys_values")
     rows = {"rows": 8, "hidden": 16, "inner": 8}

@@ -108,11 +108,9 @@ def test_the_number_of_rows_is_no_part_of_a_compiled_kernel():
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, MIXED_DTYPES[2]], ids=str)
-def test_float32_has_a_sum_per_some_rows(dtype, interpreter):
-    """One running sum over so many rows had 2.1 times eager's error for weight, 6 times for gate."""
-    rows = 32_768 if dtype == torch.float32 else 10_250
-    check_error_rule(gated_inputs((rows,), 8, 8, dtype), None, None, "triton")
+def test_float32_has_a_sum_per_some_rows(interpreter):
+    """One running sum over so many rows had 2.7 times eager's error for weight, 6 times for gate."""
+    check_error_rule(gated_inputs((32_768,), 8, 8, torch.float32), None, None, "triton")
 
 
 @every_dtype
