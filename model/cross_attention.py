@@ -62,8 +62,8 @@ class GatedCrossAttentionBlock(nn.Module):
     """x = x + tanh(attn_gate) * attn(x, image); x = x + tanh(ffn_gate) * ffn(x); both gates start at zero.
 
     A text token sees the tokens of the image before it only; a token with no image before it is left
-    untouched by both branches. The weights of `out_proj`, `ffn_norm`, `ffn_in` and `ffn_out` are handed to the
-    ops, so hooks on these modules do not run."""
+    untouched by both branches. The weights of `out_proj`, `ffn_norm`, `ffn_in` and `ffn_out` are handed to
+    the ops, so hooks on these modules do not run."""
 
     def __init__(self, hidden_size: int, config: GatedCrossAttentionConfig) -> None:
         super().__init__()

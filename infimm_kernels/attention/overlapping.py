@@ -34,8 +34,8 @@ def overlapping_attention(
         cu_seqlens_q, cu_seqlens_k: as there; of the keys for the gradient, whose segment s is seen by the
             queries ``query_ranges[s, 0] : query_ranges[s, 1]``.
         key_ranges, query_ranges: contiguous int32 [num_segments, 2] on the device of q: the same pairs of a
-            query and a key, from both sides. Numbers on the CPU are checked; on a GPU a range is cut to the tokens
-            there are.
+            query and a key, from both sides. Numbers on the CPU are checked; on a GPU a range is cut to the
+            tokens there are.
 
     Returns:
         out [total_q, num_heads, head_dim] in the dtype of q.

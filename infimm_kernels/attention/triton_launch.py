@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infimm_kernels import backends
 from infimm_kernels.attention.triton_backward import attention_backward_dq_kernel, attention_backward_kernel
 from infimm_kernels.attention.triton_backward_sums import (
     attention_backward_finish_kernel,
@@ -28,6 +27,7 @@ from infimm_kernels.attention.triton_config import (
 )
 from infimm_kernels.attention.triton_forward import attention_forward_kernel
 from infimm_kernels.backends import AotConfig
+from infimm_kernels.backends import capability_of as _capability
 from infimm_kernels.checks import unit_last_stride
 
 MAX_TILE_ROWS = 128
@@ -271,11 +271,6 @@ def _grid(
     num_segments = cu_seqlens.shape[0] - 1
     num_slots = total // block + num_segments
     return Grid(cu_seqlens.contiguous(), other_cu_seqlens.contiguous(), 0, num_segments, 0, num_slots)
-
-
-def _capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability; in the interpreter an A100's."""
-    return backends.capability(x.device) if x.is_cuda else (8, 0)
 
 
 def _near(x: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ def vision_keys_values_backward_weight_kernel(
     tokens = tl.arange(0, BLOCK_K)
     inner_in, column_in = inners < inner, columns < hidden
     dkv_rows = tokens.to(tl.int64) * stride_dkv_row
-    dkv_ptrs = dkv_ptr + chunk * stride_dkv_chunk + inners[:, None] + dkv_rows[None, :]
+    # In float32 clamped instead of masked, to save registers for the second sum; what they add is not stored.
+    dkv_inners = tl.minimum(inners, inner - 1) if ROWS_PER_SUM and not EVEN else inners
+    dkv_ptrs = dkv_ptr + chunk * stride_dkv_chunk + dkv_inners[:, None] + dkv_rows[None, :]
     y_ptrs = y_ptr + (tokens.to(tl.int64) * stride_y_row)[:, None] + columns[None, :]
     dkv_step = tl.cast(stride_dkv_row, tl.int64) * BLOCK_K
     y_step = tl.cast(stride_y_row, tl.int64) * BLOCK_K
@@ -133,7 +135,8 @@ def vision_keys_values_backward_weight_kernel(
             dkv = tl.load(dkv_ptrs, mask=token_in[None, :], other=0.0)
             y = tl.load(y_ptrs, mask=token_in[:, None], other=0.0)
         else:
-            dkv = tl.load(dkv_ptrs, mask=inner_in[:, None] & token_in[None, :], other=0.0)
+            dkv_in = token_in[None, :] if ROWS_PER_SUM else inner_in[:, None] & token_in[None, :]
+            dkv = tl.load(dkv_ptrs, mask=dkv_in, other=0.0)
             y = tl.load(y_ptrs, mask=token_in[:, None] & column_in[None, :], other=0.0)
         acc = tl.dot(dkv, y, acc, input_precision="ieee")
         if ROWS_PER_SUM:
