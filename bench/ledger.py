@@ -3,6 +3,7 @@
     python -m bench.ledger           a table; what got worse goes to stderr and makes the exit status 1
     python -m bench.ledger --json    the same rows as one JSON list on stdout
     python -m bench.ledger --check   nothing but what got worse
+    python -m bench.ledger --default the default configurations of the Triton kernels alone, much quicker
     python -m bench.ledger --write   replace bench/ledger.json, the stored ledger that is compared with
 
 A row is one shipped bf16 configuration on one architecture for one problem: seqlen tokens of head_dim
@@ -101,9 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice.add_argument("--json", action="store_true", help="print the rows as one JSON list")
     choice.add_argument("--check", action="store_true", help="print nothing but what got worse")
     parser.add_argument("--write", action="store_true", help="store the rows in bench/ledger.json")
+    parser.add_argument("--default", action="store_true", help="the default Triton configurations alone")
     options = parser.parse_args(arguments)
+    if options.default and options.write:
+        parser.error("--write stores everything: it cannot go with --default")
 
-    ledger = collect()
+    ledger = collect(default_only=True) if options.default else collect()
     ours = sorted(ledger.rows, key=compare.key)
     rows = ours + rivals.rows()
     findings = ledger.findings + compare.beyond_limits(ours)
@@ -114,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stored = json.loads(STORED.read_text())
         if find_nvcc() is None:  # nothing to hold those rows against
             stored = [row for row in stored if row["backend"] != "cuda"]
+        if options.default:
+            stored = [row for row in stored if row["default"]]
         findings += compare.worse(ours, stored)
         remarks += [sentence for sentence in [compare.other_tools(ours, stored)] if sentence]
     else:

@@ -39,12 +39,14 @@ class Ledger(NamedTuple):
     remarks: list[str]
 
 
-def collect() -> Ledger:
-    """Everything shipped, compiled and read in two processes."""
-    shards = [(module, shard, SHARDS) for module in aot.modules() for shard in range(SHARDS)]
+def collect(default_only: bool = False) -> Ledger:
+    """Everything shipped, or the default Triton configurations, compiled and read in processes."""
+    shards = [(module, shard, SHARDS, default_only) for module in aot.modules() for shard in range(SHARDS)]
     measured = [each for part in aot.in_processes(measure_shard, shards) for each in part]
     remarks = []
-    if aot.find_nvcc() is None:
+    if default_only:
+        remarks.append("default configurations of Triton kernels alone")
+    elif aot.find_nvcc() is None:
         remarks.append(f"no nvcc through CUDA_HOME or PATH: no rows for {', '.join(CUDA_SOURCES)}")
     else:
         parts = aot.in_processes(measure_cuda_sources, [(arch,) for arch in CUDA_ARCHS])
@@ -52,9 +54,10 @@ def collect() -> Ledger:
     return ledger_of(measured, remarks)
 
 
-def measure_shard(module: str, shard: int, shards: int) -> list[Measured]:
+def measure_shard(module: str, shard: int, shards: int, default_only: bool) -> list[Measured]:
     """Every shards-th bf16 configuration of a module; needs a process for compiling."""
     configs = [config for config in aot.shipped(module) if config.dtype == "bf16"]
+    configs = [config for config in configs if config.default or not default_only]
     return measure_configs(configs[shard::shards])
 
 

@@ -36,10 +36,10 @@ ALWAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def run():
+@pytest.fixture(scope="module", params=["default", pytest.param("all", marks=pytest.mark.long)])
+def run(request):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "bench.ledger", "--json"]
+    command = [sys.executable, "-m", "bench.ledger", "--json", *["--default"] * (request.param == "default")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # as everything else in the tests has it
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -70,9 +70,12 @@ def test_stdout_is_one_list_of_complete_rows(run):
             defaults = [r for r in ours if r["default"] and (r["pass"], r["arch"]) == (direction, arch)]
             assert {(1025, 112), (257, 112), (1024, 64)} <= {(r["seqlen"], r["head_dim"]) for r in defaults}
     assert len({compare.key(row) for row in ours}) == len(ours)
+    assert all("bytes_ratio" in row for row in ours if row["backend"] == "triton" and _is_decode(row))
+    if "--default" in run.args:
+        assert {row["default"] for row in ours} == {True}
+        return
     without_nvcc = {"add_position_2d_kernel"} if aot.find_nvcc() is None else set()
     assert {row["kernel"] for row in ours} == {*KERNELS, *ATTENTION} - without_nvcc
-    assert all("bytes_ratio" in row for row in ours if row["backend"] == "triton" and _is_decode(row))
     elementwise = {name for name, kernel in KERNELS.items() if kernel.elements}
     assert elementwise == {row["kernel"] for row in ours if "instructions_per_element" in row}
 

@@ -17,10 +17,13 @@ RECORDED_LOCAL_BYTES = {
 SHARDS = 4
 
 
-def compiled(module: str, shard: int) -> list[tuple[str, str, int, int, int, int]]:
+def compiled(module: str, shard: int, default_only: bool) -> list[tuple[str, str, int, int, int, int]]:
     """(kernel, name, arch, bytes of cubin, of shared and of local memory) of every SHARDS-th one."""
+    configs = aot.shipped(module)
+    if default_only:
+        configs = [config for config in configs if config.default and config.dtype == "bf16"]
     rows = []
-    for config in aot.shipped(module)[shard::SHARDS]:
+    for config in configs[shard::SHARDS]:
         code = aot.compile_config(config)
         (usage,) = aot.usage(code.cubin, code.cuobjdump).values()
         arch = 10 * config.capability[0] + config.capability[1]
@@ -29,10 +32,11 @@ def compiled(module: str, shard: int) -> list[tuple[str, str, int, int, int, int
     return rows
 
 
+@pytest.mark.parametrize("which", ["default", pytest.param("all", marks=pytest.mark.long)])
 @pytest.mark.parametrize("module", aot.modules())
-def test_shipped_configurations_compile(module):
+def test_shipped_configurations_compile(module, which):
     pytest.importorskip("triton")
-    parts = aot.in_processes(compiled, [(module, shard) for shard in range(SHARDS)])
+    parts = aot.in_processes(compiled, [(module, shard, which == "default") for shard in range(SHARDS)])
     rows = [row for part in parts for row in part]
     assert {80, 90} <= {arch for _, _, arch, *_ in rows} <= {80, 90, 100}
     for kernel, name, arch, cubin_bytes, shared_bytes, _ in rows:
