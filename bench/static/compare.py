@@ -41,6 +41,9 @@ def beyond_limits(rows: Sequence[Row]) -> list[str]:
             findings.append(f"{label(row)}: {warps} warps of {registers} registers a thread do not fit an SM")
         if row["default"] and row["spills_in_loop"]:
             findings.append(f"{label(row)}: spills_in_loop is {row['spills_in_loop']}, must be 0")
+        if row.get("bytes_ratio", 1.0) < BYTES_GATE:
+            ratio = row["bytes_ratio"]
+            findings.append(f"{label(row)}: bytes_ratio is {ratio}, must be at least {BYTES_GATE}")
         if (kernel := KERNELS.get(row["kernel"])) is not None:
             findings += _beyond_gates(row, kernel)
     for (direction, arch), gate in GATES.items():
@@ -74,8 +77,6 @@ def _beyond_gates(row: Row, kernel: Kernel) -> list[str]:
         findings.append(
             f"{label(row)}: useful_over_issued is {ratio}, must be at least {kernel.product_gate}"
         )
-    if row.get("bytes_ratio", 1.0) < BYTES_GATE:
-        findings.append(f"{label(row)}: bytes_ratio is {row['bytes_ratio']}, must be at least {BYTES_GATE}")
     if "instructions_per_element" in row and row["instructions_per_element"] > row["instruction_budget"]:
         count, budget = row["instructions_per_element"], row["instruction_budget"]
         findings.append(f"{label(row)}: instructions_per_element is {count}, must be at most {budget}")

@@ -20,6 +20,8 @@ FEW_ROWS = 16
 VISION_ROWS, VISION_HIDDEN = 10250, 1792
 # New tokens of a batch, each over such an image.
 DECODE_BATCH, DECODE_KEYS = 8, VISION_ROWS
+# The text of one such image in training, and the channels of a head of it.
+SHORT_SEGMENT, CROSS_HEAD_DIM = 128, 64
 
 PRODUCT_GATE = 0.97
 BYTES_GATE = 0.95
@@ -142,6 +144,19 @@ def decode_bytes_ratio(tile: Mapping) -> float:
     partial = 4 * splits * rows * tile["NUM_HEADS"] * (tile["HEAD_DIM"] + 2)
     keys = ceil(DECODE_KEYS / tile["BLOCK_N"]) * tile["BLOCK_N"]
     return (per_key * DECODE_KEYS + once) / (per_key * keys + once + 2 * partial)
+
+
+def short_segment_ratio(tile: Mapping) -> float | None:
+    """Of attention_forward_kernel in bf16 for a text of SHORT_SEGMENT tokens over the image before it.
+
+    Queries, keys, values and results once; beyond that every block of queries reads the keys and values
+    again, and lse is written. None for another head_dim, equal windows, prefix tokens and shared key heads.
+    """
+    one = (tile["HEAD_DIM"], tile["HEADS_PER_KV_HEAD"], tile["NUM_PREFIX"]) == (CROSS_HEAD_DIM, 1, 0)
+    if not one or tile["EVEN_K"]:
+        return None
+    rows, keys = (2 * 2 * count * CROSS_HEAD_DIM for count in (SHORT_SEGMENT, DECODE_KEYS))
+    return (rows + keys) / (rows + 4 * SHORT_SEGMENT + ceil(SHORT_SEGMENT / tile["BLOCK_M"]) * keys)
 
 
 def epilogue(tile: Mapping) -> Elements:

@@ -139,7 +139,11 @@ def _rows(each: Measured, measured: Sequence[Measured]) -> list[dict]:
     if each.kernel not in work.ATTENTION:
         return [_other_row(each)]
     problems = work.problems(each.head_dim, each.tile["NUM_PREFIX"])
-    return [_row(each, p.head_dim, p.seqlen, *_attention_ratio(each, p, measured)) for p in problems]
+    rows = [_row(each, p.head_dim, p.seqlen, *_attention_ratio(each, p, measured)) for p in problems]
+    if each.kernel == "attention_forward_kernel" and (share := kernels.short_segment_ratio(each.tile)):
+        for row in rows:
+            row["bytes_ratio"] = round(share, 4)
+    return rows
 
 
 def _attention_ratio(

@@ -51,6 +51,15 @@ def test_bytes_of_decoding():
     assert kernels.decode_bytes_ratio(DECODE_TILE | {"BLOCK_N": 4096}) < 0.86
 
 
+def test_bytes_of_short_segments():
+    """Two blocks of queries would read the keys twice; lse is all that one block adds."""
+    tile = {"HEAD_DIM": 64, "HEADS_PER_KV_HEAD": 1, "NUM_PREFIX": 0, "EVEN_K": False, "BLOCK_M": 128}
+    assert 0.999 < kernels.short_segment_ratio(tile) < 1.0
+    assert kernels.short_segment_ratio(tile | {"BLOCK_M": 64}) < 0.51
+    others = ({"EVEN_K": True}, {"NUM_PREFIX": 1}, {"HEAD_DIM": 112}, {"HEADS_PER_KV_HEAD": 4})
+    assert all(kernels.short_segment_ratio(tile | change) is None for change in others)
+
+
 def test_bytes_of_few_rows():
     tile = {"MASK_ROWS": True, "BLOCK_M": 16, "BLOCK_N": 32}
     assert kernels.few_rows_ratio(tile) == 1.0
