@@ -18,6 +18,7 @@ from infimm_kernels import extension
 from infimm_kernels.gated_cross_attention import cuda
 from infimm_kernels.testing import assert_within_twice_eager, max_error
 from tests.emulate import decode_attention as emulator
+from tests.emulate.decode_attention_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
 
@@ -361,108 +362,6 @@ def build_mutant(folder, old, new):
     assert len(hits) == 1 and hits[0].read_text().count(old) == 1, f"the mutation must match once: {hits}"
     hits[0].write_text(hits[0].read_text().replace(old, new))
     return emulator.build(folder, csrc)
-
-
-# In the launcher, the plan and phase 1.
-MUTATIONS = [
-    ("not a cooperative launch", "config.numAttrs = 1;", "config.numAttrs = 0;"),
-    ("more blocks than run at once", "static_cast<int64_t>(num_sms) * blocks_per_sm)", "1 + p.max_blocks)"),
-    ("alignment not asked for", "if (!aligned<T>(p)) return", "if (false) return"),
-    ("alignment of the value's strides forgotten", "p.value_stride_token |\n", "0 |\n"),
-    ("plan read before it is made", "  __syncthreads();\n\n  DecodePlan plan;", "  DecodePlan plan;"),
-    ("ranges not cut at the keys there are", "end > p.total ? p.total : end", "end"),
-    ("negative begin of a range", "first < 0 ? 0 : ", ""),
-    (
-        "running sum without the samples before",
-        "      before = __shfl_sync",
-        "      before = 0 * __shfl_sync",
-    ),
-    ("bound of a range next to its sample", "p.key_ranges_stride_bound", "1"),
-    ("blocks with an empty share", "(plan.work + kDecodeMinShare - 1) / kDecodeMinShare", "plan.work * 9"),
-    ("owner of a key one off", "((key + 1) * active_blocks - 1) / work", "key * active_blocks / work"),
-    ("share one key short", "share_begin(blockIdx.x + 1);", "share_begin(blockIdx.x + 1) - 1;"),
-    ("keys of the first head", "(p.key) + kv_head * p.key_stride_head +", "(p.key) +"),
-    (
-        "values at the keys' stride",
-        "token * p.value_stride_token + channel",
-        "token * p.key_stride_token + channel",
-    ),
-    ("slot without the pair", "blockIdx.x + sample * p.num_kv_heads + kv_head", "blockIdx.x"),
-    ("query read before it is there", "  __syncthreads();\n\n  DecodeState", "  DecodeState"),
-    (
-        "query head of the wrong group",
-        "(kv_head * plan.group + row % plan.group)",
-        "(kv_head + row % plan.group)",
-    ),
-    ("padded channels not cleared", "token < keys.count && channel < p.head_dim", "token < keys.count"),
-    ("tail keys not masked", " score[r][u] = kNegativeInfinity;", " score[r][u] = score[r][u];"),
-    ("tail mask one off", "(kWarpSize / LANES) >= count)", "(kWarpSize / LANES) > count)"),
-    ("last step dropped", "warp_first < keys.count;", "warp_first + Step::kKeys <= keys.count;"),
-    ("sum not rescaled", "sum[r] *= rescale;", ""),
-    ("accumulator not rescaled", "acc[r][i] *= rescale;", ";"),
-    ("merge of lane groups without rescale", "acc[r][i] * mine + ", "acc[r][i] + "),
-    (
-        "one lane group forgotten",
-        "offset = LANES; offset < kWarpSize;",
-        "offset = LANES; 2 * offset < kWarpSize;",
-    ),
-    ("warps merged before they are done", "  __syncthreads();\n\n  for (int i", "  for (int i"),
-    ("merge of warps without rescale", "acc += weight * merged", "acc += merged"),
-    (
-        "partial result of the wrong row",
-        "slot * plan.slot_rows + first_row + r;",
-        "slot * plan.slot_rows + r;",
-    ),
-    ("-inf minus -inf", "(largest == kNegativeInfinity ? 0.0f : largest)", "largest"),
-    # In phases 2 and 3.
-    ("phase 2 does not wait", "grid.barrier_wait(std::move(attended));", "(void)attended;"),
-    ("phase 3 does not wait", "  grid.sync();", "  __syncthreads();"),
-    ("partial results through the read-only cache", "__ldcg(plan.partials", "__ldg(plan.partials"),
-    (
-        "last partial result dropped",
-        "slot = first_slot + warp; slot <= last_slot;",
-        "slot = first_slot + warp; slot < last_slot;",
-    ),
-    ("partial results without rescale", "acc[i] = fmaf(weight, __ldcg", "acc[i] = fmaf(1.0f, __ldcg"),
-    (
-        "largest score of the wrong row",
-        "(slot * plan.slot_rows + slot_row) * 2",
-        "(slot * plan.slot_rows) * 2",
-    ),
-    ("rows merged before they are there", "sums[warp] = sum;\n    __syncthreads();", "sums[warp] = sum;"),
-    (
-        "merge buffer reused too early",
-        "total / total_sum;\n    }\n    __syncthreads();",
-        "total / total_sum;\n    }",
-    ),
-    ("head at the wrong place of a row", "head * head_dim + d] = total", "head * 64 + d] = total"),
-    ("not normalised", "total / total_sum", "total"),
-    ("rows read before they are loaded", "0);\n  __syncthreads();", "0);"),
-    ("chunk replaced while it is read", "{\n          __syncthreads();\n          load", "{\n          load"),
-    ("chunk read before it is loaded", "inner);\n          __syncthreads();", "inner);"),
-    ("only the first chunk of channels", "inner < plan.inner; inner +=", "inner < 1; inner +="),
-    (
-        "columns past the last one stored",
-        "&& column + lane % kDecodeColumns < p.hidden",
-        "&& column < p.hidden",
-    ),
-    ("residual lost", "to_float(residual) + update", "update"),
-    (
-        "gate without tanh",
-        "tanhf(load_float(p.attn_gate, column, p.gate_dtype))",
-        "load_float(p.attn_gate, column, p.gate_dtype)",
-    ),
-    ("gate in the dtype of x", "p.attn_gate, column, p.gate_dtype", "p.attn_gate, column, p.x_dtype"),
-    ("residual of the wrong sample", "sample * p.x_stride_sample + row % p.text_len", "row % p.text_len"),
-    ("update of a sample without keys", "if (plan.num_keys(sample) > 0) update", "update"),
-    ("zero update added", "update == 0.0f ? residual : ", ""),
-    (
-        "sums of the wrong lanes",
-        "upper ? values[i + HALF] : values[i];",
-        "upper ? values[i] : values[i + HALF];",
-    ),
-    ("rounds of columns forgotten", "round < rounds; ++round", "round < 1; ++round"),
-]
 
 
 # Every fourth of them in the short run: each is compiled.
