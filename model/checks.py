@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100
 """The label of a token that is not part of the loss."""
@@ -35,6 +35,15 @@ def require_positive_ints(values: Mapping[str, object], prefix: str = "") -> Non
         require(is_int(value, 1), prefix + name, "be a positive int", value)
 
 
+def require_bool(argument: str, value: object) -> None:
+    require(isinstance(value, bool), argument, "be True or False", value)
+
+
+def require_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    rule = f"be one of {', '.join(map(repr, choices))}"
+    require(isinstance(value, str) and value in choices, argument, rule, value)
+
+
 def nearest_name(name: object, known: Iterable[str]) -> str:
     """The name of `known` that is most like `name`."""
     return difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)[0]
@@ -56,24 +65,37 @@ def is_finite(values: Tensor) -> bool:
 
 
 def text_arguments(
-    language: LlamaConfig,
+    language: PreTrainedConfig,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor | None = None,
     num_answer_tokens: int | Tensor | None = None,
+    past: int = 0,
 ) -> Tensor | None:
-    """Checks the arguments about the text; `attention_mask` as bool."""
+    """Checks the arguments about the text, which has `past` tokens before it in a cache; `attention_mask` as
+    bool."""
     vocab_size = language.vocab_size
     _require_tensor("input_ids", input_ids, (torch.int64, torch.int32), "an int64 or int32 tensor")
     shape = list(input_ids.shape)
     require(len(shape) == 2 and 0 not in shape, "input_ids", "have shape [batch, text_len], not empty", shape)
     limit = language.max_position_embeddings
-    require(shape[1] <= limit, "input_ids", f"be at most max_position_embeddings {limit} tokens long", shape)
+    rule = f"be at most max_position_embeddings {limit} tokens long" + (
+        f" with {past} before it" if past else ""
+    )
+    require(past + shape[1] <= limit, "input_ids", rule, shape)
     _require_values("input_ids", f"lie in 0..{vocab_size - 1}", input_ids, _outside(input_ids, vocab_size))
     if attention_mask is not None:
         dtypes = (torch.bool, torch.uint8, torch.int32, torch.int64)
         _require_tensor("attention_mask", attention_mask, dtypes, "a bool or integer tensor")
-        _require_shape_of_input_ids("attention_mask", attention_mask, shape)
+        if attention_mask.ndim == 4:  # transformers' generation made it, for a cache of fixed length
+            return attention_mask
+        whole = [shape[0], past + shape[1]]
+        rule = (
+            f"have the shape of input_ids {whole}"
+            if not past
+            else f"have shape [batch, past + text_len] {whole}"
+        )
+        require(list(attention_mask.shape) == whole, "attention_mask", rule, list(attention_mask.shape))
         if attention_mask.dtype != torch.bool:
             _require_values("attention_mask", "be 0 or 1", attention_mask, _outside(attention_mask, 2))
             attention_mask = attention_mask.bool()
@@ -128,10 +150,21 @@ def vision_arguments(
         legal = legal and window_positions.dtype in (torch.int64, torch.int32)
         rule = f"be an integer tensor of shape {shape}"
         require(legal, "window_positions", rule, _described(window_positions))
-        if _is_readable(pixel_values) and not is_finite(pixel_values):
+        if is_readable(pixel_values) and not is_finite(pixel_values):
             bad = int((~pixel_values.isfinite()).sum())
             require(False, "pixel_values", "be finite", f"{bad} NaN or infinite values")
     return windows, images
+
+
+def image_marks(is_image: Tensor, seqlens: Sequence[int], images_per_sample: Sequence[int]) -> None:
+    """Checks that every sample [batch, text_len] has an `<image>` for each of its visual tokens."""
+    first = 0
+    found = is_image.sum(1).tolist()
+    for sample, (marks, images) in enumerate(zip(found, images_per_sample, strict=True)):
+        tokens = sum(seqlens[first : first + images])
+        first += images
+        rule = f"hold one <image> for each visual token of sample {sample} ({tokens} of {images} images)"
+        require(marks == tokens, "input_ids", rule, marks)
 
 
 def _counts(argument: str, values: Tensor | Sequence[int]) -> list[int]:
@@ -162,10 +195,10 @@ def _outside(values: Tensor, end: int) -> Tensor:
 
 
 def _require_values(argument: str, rule: str, values: Tensor, wrong: Tensor) -> None:
-    if _is_readable(values) and wrong.any():
+    if is_readable(values) and wrong.any():
         require(False, argument, rule, values[wrong][0].item())
 
 
-def _is_readable(values: Tensor) -> bool:
+def is_readable(values: Tensor) -> bool:
     """Whether the numbers can be read now: not being traced, not fake, not on the meta device."""
     return type(values) in (Tensor, nn.Parameter) and not values.is_meta and not torch.compiler.is_compiling()

@@ -1,172 +1,256 @@
-"""Configuration of InfiMM-HD: plain dataclasses, limits checked when they are made, JSON in and out."""
+"""Configuration of InfiMM-HD and its variants: a transformers `PreTrainedConfig` whose limits are checked
+when it is made. The defaults are the paper's model; every variant that the papers compare is a field."""
 
 import copy
 import dataclasses
-import inspect
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import is_finite_number, is_int, require, require_known_keys, require_positive_ints
+from .checks import is_int, require, require_bool, require_choice, require_known_keys, require_positive_ints
+from .text_config import checked_text_config
+from .vision_config import VisionConfig
 
 PositionGranularity = Literal["window", "token", "none"]
+POSITIONS = ("window", "token", "none")
+FUSIONS = ("gated_cross_attention", "concatenation")
+CONNECTORS = ("none", "residual_mlp", "mlp", "resampler")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class VisionConfig:
-    """The ViT that reads every window. The defaults are EVA2-CLIP-E ("ViT-E")."""
+class ConnectorConfig:
+    """What transforms the visual tokens between the ViT and the language model."""
 
-    window_size: int = 448
-    """Side of a window in pixels; the position table has (window_size / patch_size)^2 + 1 rows."""
-    patch_size: int = 14
-    hidden_size: int = 1792
-    num_layers: int = 64
-    num_heads: int = 16
-    intermediate_size: int = 15360
-    layer_norm_eps: float = 1e-6
-    feature_layer: int = -2
-    """Which block's output is the feature: -1 the last, -2 the one before it (the paper). Blocks after it are
-    kept, so that released weights fit, but never run or trained."""
-    norm_gain_init: float = 1.0
-    """Start of the post-norm gains; a residual branch that starts below 1 trains faster from scratch."""
-    position_init: Literal["normal", "sincos"] = "normal"
-    """Start of the learned position table: N(0, 0.02), or a smooth 2-D sine table for short trainings."""
+    kind: Literal["none", "residual_mlp", "mlp", "resampler"] = "residual_mlp"
+    """"residual_mlp": LN(x) + W2 gelu(W1 LN(x)), starts as the norm alone; "mlp": W2 gelu(W1 x); "resampler":
+    Flamingo's Perceiver, which leaves `num_latents` tokens of every window; "none" for released stage-1
+    weights."""
+    num_layers: int = 6
+    """Of the resampler, like the fields below."""
+    num_latents: int = 64
+    num_heads: int = 8
+    head_dim: int = 64
 
     def __post_init__(self) -> None:
-        sizes = ("window_size", "patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
-        require_positive_ints({field: getattr(self, field) for field in sizes}, "vision.")
-        for field, divisor in (("window_size", "patch_size"), ("hidden_size", "num_heads")):
-            value, of = getattr(self, field), getattr(self, divisor)
-            require(value % of == 0, f"vision.{field}", f"be a multiple of {divisor} {of}", value)
-        require(
-            self.hidden_size % 4 == 0,
-            "vision.hidden_size",
-            "be a multiple of 4 (2-D position)",
-            self.hidden_size,
-        )
-        layer = self.feature_layer
-        legal = is_int(layer, -self.num_layers) and layer <= -1
-        require(legal, "vision.feature_layer", f"be an int between {-self.num_layers} and -1", layer)
-        legal = is_finite_number(self.layer_norm_eps) and self.layer_norm_eps > 0
-        require(legal, "vision.layer_norm_eps", "be a positive number", self.layer_norm_eps)
-        gain = self.norm_gain_init
-        require(is_finite_number(gain), "vision.norm_gain_init", "be a finite number", gain)
-        require(
-            self.position_init in ("normal", "sincos"),
-            "vision.position_init",
-            "be 'normal' or 'sincos'",
-            self.position_init,
-        )
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of a window."""
-        return self.window_size // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one window: its patches and the CLS token in front."""
-        return self.grid_size**2 + 1
-
-    @property
-    def num_active_layers(self) -> int:
-        return self.num_layers + 1 + self.feature_layer
+        require_choice("connector.kind", self.kind, CONNECTORS)
+        sizes = ("num_layers", "num_latents", "num_heads", "head_dim")
+        require_positive_ints({field: getattr(self, field) for field in sizes}, "connector.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class GatedCrossAttentionConfig:
-    """The gated cross-attention blocks between the decoder layers, and what stands before their keys."""
+    """The gated cross-attention blocks between the decoder layers."""
 
     interval: int = 4
     """A block stands before decoder layer i when (i + 1) % interval == 0."""
     num_heads: int = 12
     head_dim: int = 64
     ffn_ratio: int = 1
-    visual_token_transform: bool = True
-    """The paper's MLP on the visual tokens; off for released stage-1 weights."""
-    position: PositionGranularity = "window"
-    """2-D position of a window in its image: one vector per window, one per patch, or none."""
+    only_attend_immediate_media: bool = True
+    """A text token sees the image before it; False: all images before it."""
+    ffn_before_image: bool = False
+    """True: in a sample with an image the feed-forward branch also serves the text before its first image, as
+    the code of the released stage-1 weights does; False: that text passes both branches unchanged."""
 
     def __post_init__(self) -> None:
         sizes = ("interval", "num_heads", "head_dim", "ffn_ratio")
         require_positive_ints({field: getattr(self, field) for field in sizes}, "gated_cross_attention.")
-        require(
-            isinstance(self.visual_token_transform, bool),
-            "gated_cross_attention.visual_token_transform",
-            "be True or False",
-            self.visual_token_transform,
-        )
-        require(
-            self.position in ("window", "token", "none"),
-            "gated_cross_attention.position",
-            "be 'window', 'token' or 'none'",
-            self.position,
-        )
+        for field in ("only_attend_immediate_media", "ffn_before_image"):
+            require_bool(f"gated_cross_attention.{field}", getattr(self, field))
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class InfiMMHDConfig:
-    """Everything that fixes the shape of an InfiMM-HD model."""
+class ImageConfig:
+    """How an image becomes windows (`model.ImageProcessor`); the side of a window is the vision encoder's."""
 
-    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
-    gated_cross_attention: GatedCrossAttentionConfig = dataclasses.field(
-        default_factory=GatedCrossAttentionConfig
-    )
-    language: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Keyword arguments of `transformers.LlamaConfig`."""
-    image_token_id: int = 32001
-    end_of_chunk_token_id: int = 32000
-    """End of an answer; `generate` stops there."""
-    pad_token_id: int = 0
+    mode: Literal["single", "dynamic"] = "dynamic"
+    """One window an image, or as many as its size asks for and a thumbnail."""
+    max_windows_per_side: int | None = 3
+    """Limit in "dynamic": 3 windows of 448 are the paper's 1344 pixels; None: the processor's own limit."""
+    resize: Literal["stretch", "letterbox"] = "stretch"
+    """Whether an image is stretched onto its windows (the paper) or keeps its shape and is padded."""
 
     def __post_init__(self) -> None:
-        parts = {"vision": VisionConfig, "gated_cross_attention": GatedCrossAttentionConfig, "language": dict}
-        for field, part in parts.items():
-            value = getattr(self, field)
-            require(isinstance(value, part), field, f"be a {part.__name__}", value)
-        vocab_size = _checked_language(self.language).vocab_size
+        require_choice("image.mode", self.mode, ("single", "dynamic"))
+        require_choice("image.resize", self.resize, ("stretch", "letterbox"))
+        limit = self.max_windows_per_side
+        legal = limit is None or is_int(limit, 1)
+        require(legal, "image.max_windows_per_side", "be a positive int or None", limit)
+
+
+_PARTS = {
+    "vision_config": VisionConfig,
+    "connector": ConnectorConfig,
+    "gated_cross_attention": GatedCrossAttentionConfig,
+    "image": ImageConfig,
+}
+
+
+class InfiMMHDConfig(PreTrainedConfig):
+    """Everything that fixes the shape of a model.
+
+    `vision_config`, `connector`, `gated_cross_attention`, `image`: the dataclasses above, or dicts of their
+    fields. `text_config`: a transformers config of the Llama family (see `model.text_config`), or a dict of
+    its arguments with its `model_type` (default "llama"); None is Vicuna-13B v1.5.
+
+    `fusion`: "gated_cross_attention" (InfiMM-HD), or "concatenation" (LLaVA): the visual tokens take the
+    places of the `<image>` tokens, of which the text then has `image_seq_length` for every window.
+    `position`: 2-D position of a window in its image, one vector per window ("window"), one per patch
+    ("token"), or "none".
+    `image_token_id` stands for an image in the text, `end_of_chunk_token_id` ends an answer and is where
+    `generate` stops.
+
+    ValueError for values that break a rule, and for unknown keys, naming the nearest known one."""
+
+    model_type = "infimm_hd"
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "images"]
+
+    def __init__(
+        self,
+        *,
+        vision_config: VisionConfig | dict[str, Any] | None = None,
+        connector: ConnectorConfig | dict[str, Any] | None = None,
+        gated_cross_attention: GatedCrossAttentionConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        image: ImageConfig | dict[str, Any] | None = None,
+        fusion: Literal["gated_cross_attention", "concatenation"] = "gated_cross_attention",
+        position: PositionGranularity = "window",
+        image_token_id: int = 32001,
+        end_of_chunk_token_id: int = 32000,
+        pad_token_id: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        require_known_keys(kwargs, {*_OWN_KEYS, *_INHERITED_KEYS}, "InfiMMHDConfig")
+        given = dict(
+            vision_config=vision_config,
+            connector=connector,
+            gated_cross_attention=gated_cross_attention,
+            image=image,
+        )
+        parts = {name: _part(name, value) for name, value in given.items()}
+        text = checked_text_config(text_config)
+        require_choice("fusion", fusion, FUSIONS)
+        require_choice("position", position, POSITIONS)
+        own = dict(
+            **parts,
+            text_config=text,
+            fusion=fusion,
+            position=position,
+            image_token_id=image_token_id,
+            end_of_chunk_token_id=end_of_chunk_token_id,
+            pad_token_id=pad_token_id,
+        )
+        for name, value in own.items():
+            setattr(self, name, value)
+        kwargs.pop("tie_word_embeddings", None)
+        # the base class hands `tie_word_embeddings` and generation's token ids on to whoever reads them here
+        super().__init__(tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)), **kwargs)
+        for name, value in own.items():  # pad_token_id is one that it takes away
+            setattr(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """ValueError where the parts do not fit each other."""
+        vocab_size = self.text_config.vocab_size
         for field in ("image_token_id", "end_of_chunk_token_id", "pad_token_id"):
             value = getattr(self, field)
             legal = is_int(value, 0) and value < vocab_size
             require(legal, field, f"be a token id below vocab_size {vocab_size}", value)
             distinct = field == "image_token_id" or value != self.image_token_id
             require(distinct, field, "differ from image_token_id", value)
-        interval = self.gated_cross_attention.interval
+        kind = self.connector.kind
+        if self.fusion == "concatenation":
+            fits = kind in ("mlp", "resampler")
+            rule = "be 'mlp' or 'resampler' with fusion 'concatenation' (they end at the LLM's width)"
+            require(fits, "connector.kind", rule, kind)
+        else:
+            interval = self.gated_cross_attention.interval
+            rule = "leave at least one block"
+            require(bool(self.gated_layers), "gated_cross_attention.interval", rule, interval)
+        legal = self.position != "token" or kind != "resampler"
         require(
-            bool(self.gated_layers), "gated_cross_attention.interval", "leave at least one block", interval
+            legal, "position", "be 'window' or 'none' with a resampler (its latents have no place)", "token"
         )
+        width = self.text_config.hidden_size if self.fusion == "concatenation" else 4
+        legal = self.position == "none" or width % 4 == 0
+        require(legal, "text_config.hidden_size", "be a multiple of 4 (2-D position)", width)
 
     @property
     def gated_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that have a gated cross-attention block in front of them."""
+        if self.fusion == "concatenation":
+            return ()
         interval = self.gated_cross_attention.interval
-        return tuple(i for i in range(self.language.get("num_hidden_layers", 32)) if (i + 1) % interval == 0)
+        return tuple(i for i in range(self.text_config.num_hidden_layers) if (i + 1) % interval == 0)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Visual tokens of a window that are no patch and stand in front: the CLS token, where it is kept."""
+        kept = self.fusion == "gated_cross_attention" and self.connector.kind != "resampler"
+        return self.vision_config.num_prefix_tokens if kept else 0
+
+    @property
+    def visual_tokens_per_window(self) -> int:
+        """Visual tokens that the language model reads of a window; concatenation drops the CLS token."""
+        if self.connector.kind == "resampler":
+            return self.connector.num_latents
+        dropped = self.vision_config.num_prefix_tokens - self.num_prefix_tokens
+        return self.vision_config.num_tokens - dropped
+
+    @property
+    def image_seq_length(self) -> int | None:
+        """`<image>` tokens in the text for every window; None: one for the whole image."""
+        return self.visual_tokens_per_window if self.fusion == "concatenation" else None
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The language model's config, where transformers looks for vocabulary, layers and cache."""
+        return self.text_config
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = super().to_dict()
+        for name in _PARTS:
+            values[name] = dataclasses.asdict(getattr(self, name))
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json: whole, because a default may change."""
+        values = self.to_dict()
+        inherited = {
+            key: value for key, value in PreTrainedConfig().to_dict().items() if key not in _OWN_KEYS
+        }
+        return {
+            key: value
+            for key, value in values.items()
+            if key == "transformers_version" or key not in inherited or value != inherited[key]
+        }
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings; the library's version and the class names of a saved file do not count."""
+        if not isinstance(other, InfiMMHDConfig):
+            return NotImplemented
+        return _settings(self) == _settings(other)
+
+    __hash__ = None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "InfiMMHDConfig":
-        """The inverse of `to_dict`; an unknown key is a ValueError naming the nearest known one."""
-        require(isinstance(values, dict), "values", "be a dict", values)
-        values = dict(values)
-        parts = {"vision": VisionConfig, "gated_cross_attention": GatedCrossAttentionConfig}
-        for name, part in parts.items():
-            if isinstance(values.get(name), dict):
-                require_known_keys(values[name], _field_names(part), part.__name__, f"{name}.")
-                values[name] = part(**values[name])
-        require_known_keys(values, _field_names(cls), cls.__name__)
-        return cls(**values)
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "InfiMMHDConfig":
+        """The inverse of `to_dict`."""
+        require(isinstance(config_dict, dict), "values", "be a dict", config_dict)
+        model_type = config_dict.get("model_type", cls.model_type)
+        require(model_type == cls.model_type, "model_type", f"be {cls.model_type!r}", model_type)
+        return super().from_dict(copy.deepcopy(config_dict), **kwargs)
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def save(self, path: str | Path) -> None:
+        """Writes JSON to the file `path`."""
+        Path(path).write_text(self.to_json_string(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "InfiMMHDConfig":
-        """Reads what `save` wrote; ValueError names the file."""
+    def load(cls, path: str | Path) -> "InfiMMHDConfig":
+        """Reads what `save` (or `save_pretrained`) wrote; ValueError names a file that cannot be used."""
+        path = Path(path)
         if not path.is_file():
             raise ValueError(f"path must name a model's config.json, got {str(path)!r} (no such file)")
         try:
@@ -175,109 +259,49 @@ class InfiMMHDConfig:
             raise ValueError(f"path must hold a model's config, got {str(path)!r}: {error}") from error
 
 
-def _field_names(part: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(part)]
+_OWN_KEYS = (
+    *_PARTS,
+    "text_config",
+    "fusion",
+    "position",
+    "image_token_id",
+    "end_of_chunk_token_id",
+    "pad_token_id",
+)
+_INHERITED_KEYS = {
+    *PreTrainedConfig().to_dict(),
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "name_or_path",
+    "tie_word_embeddings",
+    # what transformers itself hands to from_dict
+    "_commit_hash",
+    "experts_implementation",
+    "num_labels",
+    "output_attentions",
+}
+_VOLATILE_KEYS = ("transformers_version", "architectures", "_name_or_path", "dtype", "auto_map")
 
 
-def _checked_language(language: dict[str, Any]) -> LlamaConfig:
-    """The `LlamaConfig` of these arguments, after building one layer without storage.
-
-    `LlamaConfig` keeps an unknown argument as an attribute nobody reads, and accepts values that only
-    `LlamaForCausalLM` refuses."""
-    known = set(inspect.signature(LlamaConfig).parameters) | set(LlamaConfig().to_dict())
-    known |= {"rope_theta", "rope_scaling", "attn_implementation", "torch_dtype"}  # read from its **kwargs
-    require_known_keys(language, known, "LlamaConfig", "language.")
-    # fmt: off
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "max_position_embeddings")
-    # fmt: on
-    given = {field: language[field] for field in sizes if language.get(field) is not None}
-    require_positive_ints(given, "language.")
-    try:
-        config = LlamaConfig(**copy.deepcopy(language))  # it writes into a nested dict of its arguments
-        one_layer = copy.deepcopy(config)
-        one_layer.num_hidden_layers = 1
-        with torch.device("meta"):
-            LlamaForCausalLM(one_layer)
-    except Exception as error:  # transformers says no through a dozen types
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"language must be accepted by transformers' Llama, got {language!r}: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
-    heads, groups, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-    rule = f"divide num_attention_heads {heads}"
-    require(heads % groups == 0, "language.num_key_value_heads", rule, groups)
-    require(is_finite_number(eps) and eps > 0, "language.rms_norm_eps", "be a positive number", eps)
-    return config
+def _settings(config: InfiMMHDConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    for part in (values, values["text_config"]):
+        for key in _VOLATILE_KEYS:
+            part.pop(key, None)
+    return values
 
 
-def _tiny() -> InfiMMHDConfig:
-    """A demo's size, real structure: ViT head_dim 112, a gated block before each of 4 layers, 1.6 M."""
-    return InfiMMHDConfig(
-        vision=VisionConfig(
-            window_size=28,
-            patch_size=7,
-            hidden_size=112,
-            num_layers=4,
-            num_heads=1,
-            intermediate_size=448,
-            feature_layer=-1,
-            norm_gain_init=0.5,
-            position_init="sincos",
-        ),
-        gated_cross_attention=GatedCrossAttentionConfig(interval=1, num_heads=4, head_dim=32),
-        language=dict(
-            vocab_size=64,
-            initializer_range=0.06,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=3,
-        ),
-        image_token_id=2,
-        end_of_chunk_token_id=3,
-    )
-
-
-def _infimm_hd_13b() -> InfiMMHDConfig:
-    """EVA2-CLIP-E with Vicuna-13B v1.5, as the paper builds it, before its position table is enlarged."""
-    return InfiMMHDConfig(
-        vision=VisionConfig(window_size=224),
-        language=dict(
-            vocab_size=32002,
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-            num_key_value_heads=40,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-    )
-
-
-_PRESETS = {"tiny": _tiny, "infimm_hd_13b": _infimm_hd_13b}
-
-
-def presets() -> list[str]:
-    """Names that `preset` takes."""
-    return sorted(_PRESETS)
-
-
-def preset(name: str) -> InfiMMHDConfig:
-    """A fresh configuration by name, "tiny" or "infimm_hd_13b"; ValueError for another name."""
-    if name not in _PRESETS:
-        raise ValueError(f"name must be one of {presets()}, got {name!r}")
-    return _PRESETS[name]()
+def _part(name: str, value: Any) -> Any:
+    part = _PARTS[name]
+    if value is None:
+        return part()
+    if isinstance(value, part):
+        return copy.deepcopy(value)
+    require(isinstance(value, dict), name, f"be a {part.__name__} or a dict", value)
+    require_known_keys(value, [field.name for field in dataclasses.fields(part)], part.__name__, f"{name}.")
+    return part(**copy.deepcopy(value))

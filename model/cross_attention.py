@@ -1,36 +1,15 @@
-"""The gated cross-attention block, the keys and values it reads, and the transform of the visual tokens."""
+"""The gated cross-attention block, and the keys and values it reads."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infimm_kernels import MediaSegments, gated_cross_attention, gated_feed_forward, vision_keys_values
 
-from .config import GatedCrossAttentionConfig
-from .vision import NUM_PREFIX_TOKENS
+from .config import GatedCrossAttentionConfig, PositionGranularity
 
 KeyValue = tuple[Tensor, Tensor]
-
-
-class VisualTokenTransform(nn.Module):
-    """y = LN(x) + W2 gelu(W1 LN(x)), [..., hidden] -> [..., hidden]; W2 starts at zero, so y starts as LN(x).
-
-    The norm stands here and not at the keys and values, so that a position added after the transform can be
-    folded into their projection. Without the skip the MLP first has to learn to pass the features on."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.linear_in = nn.Linear(hidden_size, hidden_size)
-        self.linear_out = nn.Linear(hidden_size, hidden_size)
-        nn.init.zeros_(self.linear_out.weight)
-        nn.init.zeros_(self.linear_out.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return x + self.linear_out(F.gelu(self.linear_in(x)))
 
 
 class VisionKeysValues(nn.Module):
@@ -39,9 +18,17 @@ class VisionKeysValues(nn.Module):
     `weight` [num_blocks, 2, num_heads * head_dim, vision_hidden], keys before values; each slice is the
     weight of a linear layer without bias and starts like `torch.nn.Linear`'s."""
 
-    def __init__(self, num_blocks: int, vision_hidden_size: int, config: GatedCrossAttentionConfig) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        vision_hidden_size: int,
+        config: GatedCrossAttentionConfig,
+        position: PositionGranularity,
+        num_prefix_tokens: int,
+    ) -> None:
         super().__init__()
-        self.num_heads, self.granularity = config.num_heads, config.position
+        self.num_heads, self.granularity = config.num_heads, position
+        self.num_prefix_tokens = num_prefix_tokens
         inner_size = config.num_heads * config.head_dim
         self.weight = nn.Parameter(torch.empty(num_blocks, 2, inner_size, vision_hidden_size))
         bound = 1 / math.sqrt(vision_hidden_size)
@@ -54,7 +41,11 @@ class VisionKeysValues(nn.Module):
         if self.granularity != "none":
             position = dict(positions=window_positions, granularity=self.granularity)
         return vision_keys_values(
-            features, self.weight, num_heads=self.num_heads, num_prefix_tokens=NUM_PREFIX_TOKENS, **position
+            features,
+            self.weight,
+            num_heads=self.num_heads,
+            num_prefix_tokens=self.num_prefix_tokens,
+            **position,
         )
 
 

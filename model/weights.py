@@ -1,10 +1,11 @@
-"""Reads a model's safetensors tensor by tensor and says what is wrong with them."""
+"""Says what is wrong with a folder of safetensors before they are loaded, from their headers alone."""
 
 import contextlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -12,51 +13,79 @@ from .checks import is_finite
 
 FLOATING = ("BF16", "F16", "F32", "F64")
 """Types, in safetensors' words, that are converted to the model's."""
+INDEX = "model.safetensors.index.json"
 
 
-def load_weights(model: nn.Module, directory: Path) -> None:
-    """Copies the tensors of `directory`'s model*.safetensors into `model`, which has to have all of them.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that hold the model's weights; ValueError names a file that the index misses."""
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("model*.safetensors"))
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        by_file = {file: name for name, file in reversed(list(names.items()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"directory must hold a readable index of its shards, got {str(index)!r}: {error!r}"
+        ) from error
+    for file, name in by_file.items():
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"directory must hold every file of its index, got {str(folder)!r} "
+                f"without {file!r} (with {name})"
+            )
+    return [folder / file for file in sorted(by_file)]
 
-    One tensor is in memory at a time. ValueError names the folder and the first weights that are missing,
-    unexpected, of another shape, not floating or not finite, or the file that is damaged; the model is then
-    changed in part at most."""
+
+def check_folder(folder: Path, model: nn.Module) -> None:
+    """ValueError unless the folder's model*.safetensors are exactly `model`'s weights, floating and whole.
+
+    Only headers are read; `model` may be on the meta device. The message names the folder, the file and the
+    first tensors concerned."""
     weights = model.state_dict(keep_vars=True)
     with contextlib.ExitStack() as stack:
         files = {}
-        for path in sorted(directory.glob("model*.safetensors")):
+        for path in weight_files(folder):
             try:
                 opened = stack.enter_context(safe_open(path, framework="pt"))
+                files |= {name: (path, opened) for name in opened.keys()}  # noqa: SIM118  it is no dict
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"directory must hold undamaged safetensors, got {str(path)!r}: {error}"
                 ) from error
-            files |= dict.fromkeys(opened.keys(), opened)
         loaded = {id(weights[name]) for name in files if name in weights}  # tied weights are stored once
         missing = [name for name, weight in weights.items() if id(weight) not in loaded]
-        _refuse(missing, directory, "every weight of its config.json", "without")
-        _refuse(files.keys() - weights.keys(), directory, "no other weight than its config.json's", "with")
+        _refuse(missing, str(folder), "every weight of its config.json", "without")
+        unexpected = [f"{name} ({path.name})" for name, (path, _) in files.items() if name not in weights]
+        _refuse(unexpected, str(folder), "no other weight than its config.json's", "with")
         misshapen, integer = [], []
-        for name, opened in files.items():
+        for name, (path, opened) in files.items():
             part = opened.get_slice(name)
             if part.get_dtype() not in FLOATING:
-                integer.append(f"{name} {part.get_dtype()}")
+                integer.append(f"{name} {part.get_dtype()} ({path.name})")
             if part.get_shape() != list(weights[name].shape):
-                misshapen.append(f"{name} {part.get_shape()} for {list(weights[name].shape)}")
-        _refuse(integer, directory, "floating weights", "with")
-        _refuse(misshapen, directory, "weights of the shapes in its config.json", "with")
-        not_finite = []
-        with torch.no_grad():
-            for name, opened in files.items():
-                tensor = opened.get_tensor(name)
-                if not is_finite(tensor):
-                    not_finite.append(name)
-                weights[name].copy_(tensor)
-        _refuse(not_finite, directory, "finite weights", "with NaN or infinity in")
+                misshapen.append(f"{name} {part.get_shape()} for {list(weights[name].shape)} ({path.name})")
+        _refuse(integer, str(folder), "floating weights", "with")
+        _refuse(misshapen, str(folder), "weights of the shapes in its config.json", "with")
 
 
-def _refuse(names: Iterable[str], directory: Path, rule: str, found: str) -> None:
+def refuse_loading_info(info: Mapping[str, Any], name: str) -> None:
+    """ValueError where transformers only warns: weights that were missing, unexpected or misshapen."""
+    _refuse(info["missing_keys"], name, "every weight of its config.json", "without")
+    _refuse(info["unexpected_keys"], name, "no other weight than its config.json's", "with")
+    misshapen = [str(entry[0]) for entry in info["mismatched_keys"]]
+    _refuse(misshapen, name, "weights of the shapes in its config.json", "with others for")
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """ValueError for NaN or infinity in a weight; weights that were left on the disk are not read."""
+    bad = [weight for weight, value in model.named_parameters() if not value.is_meta and not is_finite(value)]
+    _refuse(bad, name, "finite weights", "with NaN or infinity in")
+
+
+def _refuse(names: Iterable[str], folder: str, rule: str, found: str) -> None:
     names = sorted(names)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         shown = ", ".join(names[:3]) + more
-        raise ValueError(f"directory must hold {rule}, got {str(directory)!r} {found} {shown}")
+        raise ValueError(f"directory must hold {rule}, got {folder!r} {found} {shown}")

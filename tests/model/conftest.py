@@ -12,11 +12,12 @@ def model() -> InfiMMHD:
     return open_model()
 
 
-def open_model(**gated) -> InfiMMHD:
+def open_model(**fields) -> InfiMMHD:
+    """`fields` of the tiny config, or of its gated blocks."""
     torch.manual_seed(0)
     config = preset("tiny")
-    for name, value in gated.items():
-        setattr(config.gated_cross_attention, name, value)
+    for name, value in fields.items():
+        setattr(config if hasattr(config, name) else config.gated_cross_attention, name, value)
     model = InfiMMHD(config)
     for block in model.gated_blocks.values():
         torch.nn.init.normal_(block.attn_gate)

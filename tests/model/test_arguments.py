@@ -84,7 +84,7 @@ def test_what_the_loss_is_made_of_is_checked(model, change, message):
 def test_generation_has_to_fit_behind_its_prompt(model):
     """Positions beyond max_position_embeddings are ones the language model has never seen."""
     ids = torch.ones(1, 500, dtype=torch.long)
-    assert model.generate(ids, max_new_tokens=1).shape == (1, 1)
+    assert model.generate(ids, max_new_tokens=1).shape == (1, 501)
     with pytest.raises(ValueError, match=r"max_new_tokens must be at most .* \(12\), got 13"):
         model.generate(ids, max_new_tokens=13)
     with pytest.raises(ValueError, match="max_new_tokens must be a positive int, got True"):

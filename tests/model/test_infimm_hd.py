@@ -67,6 +67,27 @@ def test_a_token_sees_the_image_before_it_and_no_other():
         )
 
 
+@pytest.mark.parametrize("ffn_before_image", [False, True])
+def test_text_before_the_first_image_passes_unchanged_or_through_the_feed_forward(ffn_before_image):
+    """The released stage-1 code switches the feed-forward branch by sample, not by token."""
+    model = open_model(interval=4, ffn_before_image=ffn_before_image)
+    batch = batch_of([[1, 9, IMAGE, 11], [1, 5, 6, 7]], [[1], []])
+    with torch.no_grad():
+        plain = model.language.model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[3]
+        found = _block_output(model, batch)
+        block = model.gated_blocks["3"]
+        through = block.ffn_out(F.gelu(block.ffn_in(block.ffn_norm(plain)))) * block.ffn_gate.tanh() + plain
+    expected = through if ffn_before_image else plain
+    torch.testing.assert_close(found[0, :2], expected[0, :2])
+    assert torch.equal(found[1], plain[1])
+    assert not torch.isclose(found[0, 2:], plain[0, 2:]).all(-1).any()
+    new = model.generate(**batch, max_new_tokens=2)
+    again = batch | dict(input_ids=new[:, :5], attention_mask=torch.ones(2, 5, dtype=torch.bool))
+    logits = model(**again).logits[:, -1]
+    logits[:, IMAGE] = -torch.inf
+    assert torch.equal(logits.argmax(-1), new[:, 5])
+
+
 def _block_output(model: InfiMMHD, arguments: dict) -> torch.Tensor:
     outputs = []
     handle = model.gated_blocks["3"].register_forward_hook(lambda _, args, output: outputs.append(output))
@@ -151,7 +172,7 @@ def test_set_trainable_freezes_the_rest():
     groups = model.parameter_groups()
     assert all(p.requires_grad for _, p in groups["gated_cross_attention"])
     assert not any(p.requires_grad for part in ("vision", "language") for _, p in groups[part])
-    assert any(name.startswith("visual_token_transform") for name, _ in groups["gated_cross_attention"])
+    assert any(name.startswith("connector") for name, _ in groups["gated_cross_attention"])
     with pytest.raises(ValueError, match="parts must be among .*, got 'gates'"):
         model.set_trainable(["gates"])
 
@@ -172,7 +193,11 @@ def test_nothing_is_stored_between_calls(model):
 def test_saving_and_loading_gives_the_same_model(model, tmp_path):
     model.set_window_size(56)
     model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     loaded = InfiMMHD.from_pretrained(tmp_path).eval()
     batch = batch_of(ROWS, WINDOWS, window_size=56)
     assert loaded.config == model.config
@@ -184,7 +209,7 @@ def test_models_of_one_config_are_independent():
     config = preset("tiny")
     first, second = InfiMMHD(config), InfiMMHD(config)
     first.set_window_size(56)
-    assert first.config.vision.window_size == first.vision.config.window_size == 56
+    assert first.config.vision_config.window_size == first.vision.config.window_size == 56
     assert second.config == config == preset("tiny")
     assert second(**batch_of(ROWS, WINDOWS)).logits.shape == (3, 8, 64)
 

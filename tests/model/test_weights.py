@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from model import InfiMMHD, InfiMMHDConfig, preset
@@ -34,12 +33,18 @@ def changed(saved, folder, change):
             lambda w: [w.pop(name) for name in list(w) if name.startswith("vision.blocks.0")],
             "every .* without vision.blocks.0.attn.out_proj.bias, .*, .* and 10 more",
         ),
-        (lambda w: w.update(extra=torch.zeros(1)), "no other weight than .*, got .* with extra$"),
+        (
+            lambda w: w.update(extra=torch.zeros(1)),
+            "no other weight than .*, got .* with extra \\(model.safetensors\\)$",
+        ),
         (
             lambda w: w.update({CLS: torch.zeros(3)}),
-            rf"weights of the shapes .* with {CLS} \[3\] for \[112\]",
+            rf"weights of the shapes .* with {CLS} \[3\] for \[112\] \(model.safetensors\)$",
         ),
-        (lambda w: w.update({CLS: torch.zeros(112).long()}), f"floating weights, got .* with {CLS} I64"),
+        (
+            lambda w: w.update({CLS: torch.zeros(112).long()}),
+            rf"floating weights, got .* with {CLS} I64 \(model.safetensors\)$",
+        ),
         (lambda w: w[CLS].fill_(torch.nan), f"finite weights, got .* with NaN or infinity in {CLS}"),
     ],
 )
@@ -71,22 +76,28 @@ def test_a_folder_without_weights_is_named(saved, tmp_path):
 
 
 def test_shards_and_other_floating_types_are_read(saved, tmp_path):
-    model = InfiMMHD.from_pretrained(saved)
-    model.config.save(tmp_path / "config.json")
-    half = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
-    save_torch_state_dict(half, tmp_path, max_shard_size=1_000_000)
+    model = InfiMMHD.from_pretrained(saved).bfloat16()
+    half = model.state_dict()
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     for name, weight in InfiMMHD.from_pretrained(tmp_path).state_dict().items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, half[name]), name
+    for name, weight in InfiMMHD.from_pretrained(tmp_path, dtype=torch.float32).state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, half[name].float()), name
-    next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="directory must hold every weight"):
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    message = rf"every file of its index, got .* without '{shard.name}' \(with \S+\)$"
+    with pytest.raises(ValueError, match=message):
+        InfiMMHD.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="readable index of its shards, got .*index.json"):
         InfiMMHD.from_pretrained(tmp_path)
 
 
 def test_tied_embeddings_survive_saving(tmp_path):
     """safetensors stores the shared matrix once, and the strict loader missed the other name."""
     values = preset("tiny").to_dict()
-    values["language"]["tie_word_embeddings"] = True
+    values["text_config"]["tie_word_embeddings"] = True
     model = InfiMMHD(InfiMMHDConfig.from_dict(values)).eval()
     model.save_pretrained(tmp_path)
     loaded = InfiMMHD.from_pretrained(tmp_path).eval()
