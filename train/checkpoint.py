@@ -1,160 +1,247 @@
-"""What a stage leaves in its output folder, and how the next stage starts from it.
+"""Checkpoints that a run goes on from: whole or absent, and checked before they are used.
 
-    config.json      the stage's TrainConfig
-    deepspeed.json   the settings DeepSpeed ran with
-    log.jsonl        one line a step
-    checkpoint/      DeepSpeed's own files: partitioned optimizer states and weights
-    model/           the model (`save_pretrained`) and its tokenizer: what `init_from` reads
+    checkpoints/step-00001000/
+      manifest.json    size and SHA-256 of every other file, written last
+      trainer.json     step, counts, what the guard knows; on how many ranks and which ZeRO stage
+      history.pt       loss and gradient norm of every step so far
+      rng-00000.pt     a rank's random generators
+      state/           DeepSpeed's own files: optimizer states and trained weights, a part a rank
 
-`checkpoint` and `model` are written under another name and renamed when they are complete, `model` last."""
+Frozen weights are not in it: they are those of `init_from`, and `trainer.json` holds a checksum of them. A
+checkpoint is written under another name, synced to the disk and renamed, so that a kill at any point leaves
+the ones before it as they were."""
 
-import contextlib
 import json
 import os
+import random
+import re
 import shutil
-import tempfile
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from model import InfiMMHD
+from . import files
+from .config import CheckpointConfig
+from .distributed import Ranks
 
-from .distributed import Ranks, deepspeed
-
-UNFINISHED = ".unfinished"
-PROOFS = {"checkpoint": ("latest",), "model": ("config.json", "model*.safetensors")}
-"""What is in these folders when a stage wrote them."""
+MANIFEST, TRAINER, HISTORY, STATE = "manifest.json", "trainer.json", "history.pt", "state"
+_NAME = re.compile(r"step-(\d{8})")
 
 
-def model_folder(init_from: str) -> Path:
-    """The folder of a model inside a stage's output folder, or the folder itself if it holds one."""
-    for folder in (Path(init_from) / "model", Path(init_from)):
-        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-            return folder
-    rule = "init_from must be the output folder of a finished stage (with model/) or of save_pretrained"
-    raise ValueError(f"{rule}, got {init_from!r}")
+class Damaged(ValueError):
+    """A checkpoint whose files are not those that were written."""
 
 
-def load_model(init_from: str) -> InfiMMHD:
-    """The model in `model_folder(init_from)`; ValueError names the folder if it cannot be read whole."""
-    folder = model_folder(init_from)
-    try:
-        return InfiMMHD.from_pretrained(folder)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        rule = "init_from must hold a model's config.json and all its weights"
-        raise ValueError(f"{rule}, got {str(folder)!r}: {_short(error)}") from error
+class Checkpoints:
+    """The checkpoints in one folder; every rank makes every call."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks) -> None:
+        self.folder, self.config, self.ranks = folder, config, ranks
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        every = self.config.every_steps
+        return step == last_step or (every is not None and step % every == 0)
+
+    def clear(self) -> None:
+        """Removes all of them."""
+        self.ranks.check_on_first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+
+    def newest(self) -> Path | None:
+        """The newest undamaged one; None without any. Damaged ones are named on stderr and renamed.
+
+        ValueError if all of them are damaged: going on from nothing would throw a long run away."""
+        names = self.ranks.on_first(self._tidy)
+        num_damaged = self.ranks.on_first(lambda: len(list(self.folder.glob("damaged-*"))))
+        for name in reversed(names):
+            try:
+                verify(self.folder / name, self.ranks)
+            except Damaged as error:
+                self.ranks.check_on_first(lambda name=name, error=error: self._set_aside(name, error))
+            else:
+                return self.folder / name
+        if names or num_damaged:
+            rule = "checkpoint.resume must find an undamaged checkpoint"
+            raise ValueError(
+                f"{rule}, got {len(names) + num_damaged} damaged ones in {str(self.folder)!r}; "
+                "checkpoint.resume=false begins the stage anew"
+            )
+        return None
+
+    def save(self, step: int, num_bytes: int, write: Callable[[Path], None]) -> Path:
+        """Writes the checkpoint of `step`, by `write(folder)` on every rank, and removes old ones.
+
+        OSError, with the older checkpoints as they were, if there is no room for about `num_bytes` or a write
+        fails."""
+        final = self.folder / f"step-{step:08d}"
+        unfinished = self.folder / f".{final.name}.unfinished"
+        try:
+            self.ranks.check_on_first(lambda: _make_room(unfinished, num_bytes))
+            write(unfinished)
+            self.ranks.barrier()
+            entries = self.ranks.on_each(lambda: _synced_share(unfinished, self.ranks))
+            self.ranks.check_on_first(lambda: _complete(unfinished, final, entries))
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+            if self.ranks.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            kept = [name for name in _names(self.folder) if name != final.name]
+            safe = f"{kept[-1]} is whole" if kept else "there is none before it"
+            raise OSError(f"checkpoint {str(final)!r} could not be written, {safe}: {error}") from error
+        self.ranks.check_on_first(lambda: self._rotate(step))
+        return final
+
+    def _tidy(self) -> list[str]:
+        """Removes what a kill left unfinished; names of the checkpoints, oldest first."""
+        for path in self.folder.glob(".*"):
+            shutil.rmtree(path)
+        return _names(self.folder)
+
+    def _set_aside(self, name: str, error: Damaged) -> None:
+        aside = self.folder / f"damaged-{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.folder / name, aside)
+        print(f"train: {error}; it is now {aside.name}, the one before is tried", file=sys.stderr, flush=True)
+
+    def _rotate(self, step: int) -> None:
+        names = _names(self.folder)
+        every = self.config.keep_every_steps
+        for name in names[: -self.config.keep_last]:
+            if every is None or _step_of(name) % every:
+                # renamed first: a kill in the middle of the removal leaves no checkpoint with files missing
+                retired = self.folder / f".{name}.retired"
+                os.rename(self.folder / name, retired)
+                shutil.rmtree(retired)
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a local folder; ValueError names the folder if there is none."""
-    rule = f"data.tokenizer must be a folder with a saved tokenizer, got {str(folder)!r}"
-    if not (Path(folder) / "tokenizer_config.json").is_file():
-        raise ValueError(rule)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the readers of its many file formats raise what they like
-        raise ValueError(f"{rule}: {_short(error)}") from error
+def find(folder: Path, ranks: Ranks, *, step: int | None = None) -> Path:
+    """The newest undamaged checkpoint in `folder`, or that of `step`; nothing there is changed. ValueError
+    if there is none."""
+    names = ranks.on_first(lambda: _names(folder))
+    wanted = names if step is None else [name for name in names if _step_of(name) == step]
+    problems = [f"no {'checkpoint' if step is None else f'one of step {step}'} among {names}"]
+    for name in reversed(wanted):
+        try:
+            verify(folder / name, ranks)
+        except Damaged as error:
+            problems.append(str(error))
+        else:
+            return folder / name
+    raise ValueError(f"checkpoints must hold an undamaged one, got {problems[-1]} in {str(folder)!r}")
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())  # torch lists missing weights on lines of their own
-    return text if len(text) <= 300 else text[:297] + "..."
+def verify(folder: Path, ranks: Ranks) -> None:
+    """`Damaged`, on every rank, unless all files are those of the manifest; the ranks share the reading."""
+
+    def check() -> str | None:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())["files"]
+            present = [name for name in files.files_below(folder) if name != MANIFEST]
+            if present != sorted(manifest):
+                missing, foreign = sorted(manifest.keys() - present), sorted(set(present) - manifest.keys())
+                return f"files must be those of {MANIFEST}, got {missing} missing and {foreign} more"
+            for name in present[ranks.rank :: ranks.world_size]:
+                if os.path.getsize(folder / name) != manifest[name]["bytes"]:
+                    return f"{name} must have {manifest[name]['bytes']} bytes, got another size"
+                if files.sha256(folder / name) != manifest[name]["sha256"]:
+                    return f"{name} must have the SHA-256 of {MANIFEST}, got another"
+            if read_trainer(folder)["step"] != _step_of(folder.name):
+                return f"{TRAINER} must be of its folder's step, got another"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return f"{MANIFEST} must be readable, got {type(error).__name__}: {error}"
+        return None
+
+    for problem in ranks.gather_objects(check()):
+        if problem is not None:
+            raise Damaged(f"checkpoint {str(folder)!r} is damaged: {problem}")
 
 
-def check_output_dir(output_dir: Path) -> None:
-    """ValueError unless a stage may write into `output_dir`.
-
-    Whatever stands there under a name that a stage writes must be an earlier stage's, because it will be
-    replaced; and the folder must be writable, because that is found out after days of training otherwise.
-    Leaves nothing behind."""
-    try:
-        stage_wrote_config = _is_stage_config(output_dir / "config.json")
-        for name in ("config.json", "deepspeed.json", "log.jsonl", "checkpoint", "model", UNFINISHED):
-            path = output_dir / name
-            absent = [proof for proof in PROOFS.get(name, ()) if not any(path.glob(proof))]
-            if os.path.lexists(path) and (not stage_wrote_config or absent or path.is_symlink()):
-                lack = "no config.json of a stage there"
-                if stage_wrote_config:
-                    lack = f"no {absent[0]} in it" if absent else "it is a link"
-                rule = f"output_dir must not hold a {name!r} that no stage wrote ({lack})"
-                raise ValueError(f"{rule}, got {str(output_dir)!r}")
-        _try_to_write(output_dir)
-    except OSError as error:
-        rule = "output_dir must be a folder that can be written"
-        raise ValueError(f"{rule}, got {str(output_dir)!r} ({error.strerror})") from error
+def read_trainer(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / TRAINER).read_text())
 
 
-def _is_stage_config(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return isinstance(values, dict) and {"stage", "trainable", "schedule"} <= values.keys()
+def write_trainer(folder: Path, values: dict[str, Any], losses: list[float], grad_norms: list[float]) -> None:
+    files.write_json(folder / TRAINER, values)
+    history = {"losses": losses, "grad_norms": grad_norms}
+    torch.save(
+        {key: torch.tensor(numbers, dtype=torch.float64) for key, numbers in history.items()},
+        folder / HISTORY,
+    )
 
 
-def _try_to_write(folder: Path) -> None:
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    finally:
-        with contextlib.suppress(OSError):  # not made, or in use by another stage already
-            for parent in made:
-                parent.rmdir()
+def read_history(folder: Path) -> tuple[list[float], list[float]]:
+    history = torch.load(folder / HISTORY, weights_only=True)
+    return history["losses"].tolist(), history["grad_norms"].tolist()
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+def seed_generators(seed: int) -> None:
+    """Of torch, NumPy and Python, for models or data that draw from them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
-def save(
-    engine: deepspeed.DeepSpeedEngine,
-    model: InfiMMHD,
-    tokenizer: PreTrainedTokenizerBase,
-    output_dir: Path,
-    ranks: Ranks,
-    state: dict[str, Any],
-) -> None:
-    """Writes `checkpoint` and `model`; every rank calls it. `state` travels in DeepSpeed's client state."""
-    unfinished = output_dir / UNFINISHED
-    if ranks.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    ranks.barrier()
-    engine.save_checkpoint(str(unfinished / "checkpoint"), client_state=state)
-    whole = _whole_copy(engine, model, ranks)
-    if ranks.rank == 0:
-        whole.save_pretrained(unfinished / "model")
-        tokenizer.save_pretrained(unfinished / "model")
-        for name in ("checkpoint", "model"):
-            _replace(unfinished / name, output_dir / name)
-        unfinished.rmdir()
-    ranks.barrier()
+def write_generators(folder: Path, ranks: Ranks) -> None:
+    version, words, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None,
+        "numpy": (version, torch.from_numpy(words.astype(np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+    torch.save(states, folder / _generators_name(ranks.rank))
 
 
-def _whole_copy(engine: deepspeed.DeepSpeedEngine, model: InfiMMHD, ranks: Ranks) -> InfiMMHD:
-    """The model on the host of rank 0, its weights gathered one by one; empty on the other ranks.
-
-    ZeRO keeps weights as parts of larger buffers, which safetensors refuses to write."""
-    partitioned = engine.zero_optimization_stage() == 3
-    weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
-            if ranks.rank == 0:
-                weights[name] = tensor.detach().to("cpu", copy=True)
-    with torch.device("meta"):
-        whole = InfiMMHD(model.config)
-    if ranks.rank == 0:
-        whole.load_state_dict(weights, assign=True)
-    return whole
+def read_generators(folder: Path, ranks: Ranks) -> None:
+    """Sets this rank's generators; a rank that the checkpoint does not know keeps its own."""
+    path = folder / _generators_name(ranks.rank)
+    if not path.is_file():
+        return
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+    version, words, *rest = states["numpy"]
+    np.random.set_state((version, words.numpy().astype(np.uint32), *rest))
+    random.setstate(states["python"])
 
 
-def _replace(new: Path, old: Path) -> None:
-    retired = old.with_name(f".{old.name}.old")
-    shutil.rmtree(retired, ignore_errors=True)
-    if old.exists():
-        os.rename(old, retired)
-    os.rename(new, old)
-    shutil.rmtree(retired, ignore_errors=True)
+def _generators_name(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _make_room(unfinished: Path, num_bytes: int) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    free = shutil.disk_usage(unfinished).free
+    if free < num_bytes:
+        raise OSError(f"the disk must have room for {num_bytes:,} bytes, got {free:,}")
+
+
+def _synced_share(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for name in files.files_below(folder)[ranks.rank :: ranks.world_size]:
+        path = folder / name
+        files.sync(path)
+        entries[name] = {"bytes": os.path.getsize(path), "sha256": files.sha256(path)}
+    return entries
+
+
+def _complete(unfinished: Path, final: Path, entries: list[dict[str, dict[str, Any]]]) -> None:
+    merged = {name: entry for share in entries for name, entry in share.items()}
+    files.write_json(unfinished / MANIFEST, {"files": dict(sorted(merged.items()))})
+    files.sync(unfinished / STATE)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(unfinished, final)
+    files.sync(final.parent)

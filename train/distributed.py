@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 
+T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -31,17 +33,46 @@ class Ranks:
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
-    def check_on_first(self, check: Callable[[], None]) -> None:
-        """Runs `check` on rank 0, whose view of the file system decides; its error stops every rank."""
-        errors: list[str | None] = [None]
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The `values` of every rank, exact for integers below 2^53."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        by_rank = torch.empty(self.world_size * len(values), dtype=torch.float64, device=self.device)
+        torch.distributed.all_gather_into_tensor(by_rank, tensor)
+        return by_rank.view(self.world_size, -1).tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        by_rank: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(by_rank, value)
+        return by_rank
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """What `call` gives on rank 0, whose view of the file system decides; its error stops every rank."""
+        answer: list[Any] = [None, None, ""]
         if self.rank == 0:
             try:
-                check()
-            except (ValueError, OSError) as error:
-                errors[0] = str(error)
-        torch.distributed.broadcast_object_list(errors, src=0, device=self.device)
-        if errors[0] is not None:
-            raise ValueError(errors[0])
+                answer[0] = call()
+            except (ValueError, OSError, RuntimeError) as error:
+                answer[1:] = (OSError if isinstance(error, OSError) else ValueError), str(error)
+        torch.distributed.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            raise answer[1](answer[2])
+        return answer[0]
+
+    def check_on_first(self, check: Callable[[], None]) -> None:
+        self.on_first(check)
+
+    def on_each(self, call: Callable[[], T]) -> list[T]:
+        """What `call` gives on every rank; an error of any of them is raised on all."""
+        answer: tuple[Any, str | None] = (None, None)
+        try:
+            answer = call(), None
+        except (ValueError, OSError, RuntimeError) as error:
+            answer = None, f"{error}" if self.world_size == 1 else f"{error} (rank {self.rank})"
+        answers = self.gather_objects(answer)
+        for _, error in answers:
+            if error is not None:
+                raise OSError(error)
+        return [value for value, _ in answers]
 
     def barrier(self) -> None:
         self.sum([0.0])

@@ -8,7 +8,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import TrainConfig, nearest_name
+from .config import TrainConfig
+from .fields import nearest_name
 
 _BOOLEANS = {"true": True, "false": False}
 

@@ -36,8 +36,8 @@ def test_the_demo_leaves_its_report_and_pictures(tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "characters_off_grid" in capsys.readouterr().out
     # each stage starts where the one before ended, and the ViT's table grows once
-    assert InfiMMHD.from_pretrained(tmp_path / "PT" / "model").config.vision.window_size == 28
-    assert InfiMMHD.from_pretrained(tmp_path / "CPT" / "model").config.vision.window_size == 56
+    assert InfiMMHD.from_pretrained(tmp_path / "PT" / "model").config.vision_config.window_size == 28
+    assert InfiMMHD.from_pretrained(tmp_path / "CPT" / "model").config.vision_config.window_size == 56
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_attention_maps_are_probabilities_over_the_patches():
     torch.manual_seed(0)
     model, tokenizer = InfiMMHD(preset("tiny")), build_tokenizer()
     model.set_window_size(56)
-    view = ImageProcessor(window_size=56, mode="dynamic")(evaluation_set().painted(0).pixels)
+    view = ImageProcessor(window_size=56, mode="dynamic").process(evaluation_set().painted(0).pixels)
     tokens, maps = cross_attention_maps(model, tokenizer, "which characters at left top ?", "1 2 3", view)
     assert tokens == ["1", "2", "3"] and maps.shape == (3, 5, 8, 8)
     assert (maps >= 0).all() and (maps.sum((1, 2, 3)) <= 1 + 1e-5).all() and (maps.sum((1, 2, 3)) > 0.5).all()

@@ -12,7 +12,7 @@ def test_special_tokens_have_the_ids_of_the_tiny_preset():
     assert tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id
     assert tokenizer.eos_token_id == config.end_of_chunk_token_id
     assert tokenizer.pad_token_id == config.pad_token_id
-    assert len(tokenizer) <= config.language["vocab_size"]
+    assert len(tokenizer) <= config.text_config.vocab_size
 
 
 def test_every_question_and_answer_survives_encoding():

@@ -46,20 +46,72 @@ def answers_of(row) -> str:
 
 
 def test_plain_prompt(encoder):
-    row = encoder()(Sample(PICTURE, [("which colour ?", "red"), ("how bright ?", "dark red")]))
+    row = encoder()(Sample([PICTURE], [("<image>which colour ?", "red"), ("how bright ?", "dark red")]))
     assert text_of(row.input_ids) == ("<s> <image> which colour ? red <end> how bright ? dark red <end>")
     assert answers_of(row) == "red <end> dark red <end>"
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-    text_only = encoder()(Sample(None, [("which colour ?", "red")]))
+    text_only = encoder()(Sample([], [("which colour ?", "red")]))
     assert text_of(text_only.input_ids) == "<s> which colour ? red <end>"
-    assert text_only.image is None
-    caption = encoder()(Sample(PICTURE, [("", "light red")]))
+    assert text_only.images == []
+    caption = encoder()(Sample([PICTURE], [("<image>", "light red")]))
     assert text_of(caption.input_ids) == "<s> <image> light red <end>"
     assert answers_of(caption) == "light red <end>"
 
 
+def test_images_stand_at_their_marks(encoder):
+    turns = [("which <image> \n<image> colour ?", "red"), ("<image> ?", "dark red")]
+    row = encoder()(Sample([PICTURE] * 3, turns))
+    assert text_of(row.input_ids) == ("<s> which <image> <image> colour ? red <end> <image> ? dark red <end>")
+    assert answers_of(row) == "red <end> dark red <end>" and len(row.images) == 3
+    words = text_of(encoder("vicuna_v1")(Sample([PICTURE] * 3, turns)).input_ids)
+    assert words.endswith(
+        "USER: which <image> <image> colour ? ASSISTANT: red <end> USER: <image> ? ASSISTANT: dark red <end>"
+    )
+    document = Sample([PICTURE] * 3, [("", "light"), ("<image>", "red"), ("<image><image>", "blue")], "plain")
+    row = encoder("vicuna_v1")(document)
+    assert text_of(row.input_ids) == "<s> light <end> <image> red <end> <image> <image> blue <end>"
+    assert answers_of(row) == "light <end> red <end> blue <end>"
+
+
+@pytest.mark.parametrize("image_seq_length", [None, 2])
+def test_images_behind_the_cut_are_dropped_with_their_marks(tokenizer, image_seq_length):
+    """The model refuses a row with more images than marks, or with a part of an image's marks."""
+    tall = np.full((56, 28, 3), 90, np.uint8)
+    sample = Sample(
+        [tall, PICTURE, "gone.jpg"], [("<image>", "red"), ("<image>", "blue"), ("<image>", "dark")]
+    )
+    windows = [3, 1, 1]
+    full = 1 + sum((n * (image_seq_length or 0) or 1) + 2 for n in windows)
+    third = full - 2 - (image_seq_length or 1)
+    for length in range(2, full):
+        encoder = RowEncoder(
+            tokenizer,
+            ImageProcessor(window_size=28, mode="dynamic"),
+            prompt="plain",
+            sequence_length=length,
+            image_token_id=2,
+            end_token_id=3,
+            image_seq_length=image_seq_length,
+        )
+        try:
+            row = encoder(sample)
+        except BadSample as error:
+            # the third is read once there is room for its mark
+            assert error.reason == ("unreadable_image" if length > third else "no_answer_left"), length
+            continue
+        assert row.truncated and len(row.input_ids) <= length
+        marks = sum(n * (image_seq_length or 0) or 1 for n in windows[: len(row.images)])
+        assert row.input_ids.count(2) == marks
+        assert [len(image.pixel_values) for image in row.images] == windows[: len(row.images)]
+        batch = collate([row], 0)
+        assert batch["images_per_sample"].tolist() == [len(row.images)]
+        assert batch["windows_per_image"].tolist() == windows[: len(row.images)]
+
+
 def test_vicuna_prompt(encoder):
-    row = encoder("vicuna_v1")(Sample(PICTURE, [("which colour ?", "red"), ("how bright ?", "dark")]))
+    row = encoder("vicuna_v1")(
+        Sample([PICTURE], [("<image>which colour ?", "red"), ("how bright ?", "dark")])
+    )
     words = text_of(row.input_ids)
     assert words.endswith(
         "USER: <image> which colour ? ASSISTANT: red <end> USER: how bright ? ASSISTANT: dark <end>"
@@ -78,7 +130,9 @@ def test_vicuna_characters(encoder):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=letters, additional_special_tokens=["<image>", "<end>"]
     )
-    row = encoder("vicuna_v1", 512, tokenizer)(Sample(PICTURE, [("Which?", "Red."), ("How?", "Söft.")]))
+    row = encoder("vicuna_v1", 512, tokenizer)(
+        Sample([PICTURE], [("<image>Which?", "Red."), ("How?", "Söft.")])
+    )
     assert tokenizer.decode(row.input_ids) == (
         f"{VICUNA_SYSTEM} USER: <image>Which? ASSISTANT: Red.<end>USER: How? ASSISTANT: Söft.<end>"
     )
@@ -88,7 +142,9 @@ def test_vicuna_characters(encoder):
 
 
 def test_truncation_never_leaves_a_row_without_labels(encoder):
-    sample = Sample(PICTURE, [("which colour ?", "red"), ("how bright ?", "dark")], "f.jsonl line 9")
+    sample = Sample(
+        [PICTURE], [("<image>which colour ?", "red"), ("how bright ?", "dark")], origin="f.jsonl line 9"
+    )
     lengths = {}
     for length in range(2, 14):
         try:
@@ -105,13 +161,24 @@ def test_truncation_never_leaves_a_row_without_labels(encoder):
 @pytest.mark.parametrize(
     ("sample", "reason", "message"),
     [
-        (Sample(PICTURE, [("which ?", " ")]), "empty_answer", "answer 1 must not be empty"),
-        (Sample(PICTURE, [("which <image> ?", "red")]), "reserved_token", "text must not contain '<image>'"),
-        (Sample(PICTURE, [("which ?", "red <end> blue")]), "reserved_token", "text must not contain '<end>'"),
-        (Sample(PICTURE, []), "no_answer_left", "prompt must leave room for an answer token"),
-        (Sample(PICTURE[:0], [("which ?", "red")]), "unreadable_image", "image must"),
-        (Sample(PICTURE * np.float32("nan"), [("which ?", "red")]), "unreadable_image", "finite"),
-        (Sample("gone.jpg", [("which ?", "red")]), "unreadable_image", "gone.jpg"),
+        (Sample([PICTURE], [("<image>which ?", " ")]), "empty_answer", "answer 1 must not be empty"),
+        (
+            Sample([PICTURE], [("which <image> ? <image>", "red")]),
+            "image_marks",
+            "as there are images, 1, got 2",
+        ),
+        (Sample([PICTURE], [("which ?", "red")]), "image_marks", "as there are images, 1, got 0"),
+        (Sample([], [("which ?", "red <image>")]), "reserved_token", "text must not contain '<image>'"),
+        (
+            Sample([PICTURE], [("<image>which ?", "red <end> blue")]),
+            "reserved_token",
+            "text must not contain '<end>'",
+        ),
+        (Sample([], []), "no_answer_left", "prompt must leave room for an answer token"),
+        (Sample([], [("which ?", "\ud800")]), "unreadable_text", "readable by the tokenizer"),
+        (Sample([PICTURE[:0]], [("<image>which ?", "red")]), "unreadable_image", "image must"),
+        (Sample([PICTURE * np.float32("nan")], [("<image>which ?", "red")]), "unreadable_image", "finite"),
+        (Sample(["gone.jpg"], [("<image>which ?", "red")]), "unreadable_image", "gone.jpg"),
     ],
 )
 def test_bad_samples(encoder, sample, reason, message):
@@ -144,9 +211,9 @@ def test_slow_tokenizer_is_refused(encoder):
 def test_collate_packs_windows(encoder):
     dynamic = encoder(mode="dynamic")
     samples = [
-        Sample(np.full((56, 28, 3), 90, np.uint8), [("which ?", "red")]),
-        Sample(None, [("which colour ?", "dark red")]),
-        Sample(PICTURE, [("?", "blue")]),
+        Sample([np.full((56, 28, 3), 90, np.uint8)], [("<image>which ?", "red")]),
+        Sample([], [("which colour ?", "dark red")]),
+        Sample([PICTURE], [("<image>?", "blue")]),
     ]
     rows = [dynamic(sample) for sample in samples]
     batch = collate(rows, pad_token_id=0)
@@ -159,7 +226,22 @@ def test_collate_packs_windows(encoder):
         assert batch["input_ids"][i].tolist() == row.input_ids + [0] * (7 - length)
         assert batch["labels"][i].tolist() == row.labels + [IGNORE_INDEX] * (7 - length)
         assert batch["attention_mask"][i].tolist() == [True] * length + [False] * (7 - length)
-    assert torch.equal(batch["pixel_values"][:3], rows[0].image.pixel_values)
+    assert torch.equal(batch["pixel_values"][:3], rows[0].images[0].pixel_values)
+
+
+def test_collate_packs_several_images_a_row(encoder):
+    dynamic = encoder(mode="dynamic")
+    tall = np.full((56, 28, 3), 90, np.uint8)
+    rows = [
+        dynamic(Sample([PICTURE, tall], [("<image><image> which ?", "red")])),
+        dynamic(Sample([], [("?", "red")])),
+        dynamic(Sample([tall], [("<image>?", "red")])),
+    ]
+    batch = collate(rows, pad_token_id=0)
+    assert batch["images_per_sample"].tolist() == [2, 0, 1]
+    assert batch["windows_per_image"].tolist() == [1, 3, 3]
+    assert batch["pixel_values"].shape == (7, 3, 28, 28)
+    assert torch.equal(batch["pixel_values"][1:4], rows[0].images[1].pixel_values)
 
 
 def test_empty_batch_is_one_row_without_labels():
@@ -178,7 +260,7 @@ class Numbers:
     def __getitem__(self, index: int) -> Sample:
         if index % 5 == 0:
             raise BadSample("fifth", f"sample {index} must not be a fifth")
-        return Sample(None, [("?", "red " * index)])
+        return Sample([], [("?", "red " * index)])
 
 
 def reader_for(encoder, rank: int, world_size: int, micro: int, **data: object) -> StepReader:
@@ -205,7 +287,7 @@ def test_ranks_and_accumulation_share_the_same_global_batch(encoder, world_size,
             assert len(data.micro_batches) == 12 // world_size // micro
             counts = [(batch["labels"] != IGNORE_INDEX).sum(1).tolist() for batch in data.micro_batches]
             assert data.num_answer_tokens == sum(map(sum, counts))
-            assert data.num_samples + data.skipped.total() == 12 // world_size
+            assert data.num_samples + len(data.skipped) == 12 // world_size
             lengths += [count - 1 for micro_batch in counts for count in micro_batch if count]
         return lengths
 
@@ -216,9 +298,10 @@ def test_ranks_and_accumulation_share_the_same_global_batch(encoder, world_size,
 def test_bad_samples_stop_or_are_counted(encoder):
     with pytest.raises(BadSample, match="must not be a fifth"):
         for step in range(3):
-            reader_for(encoder, 0, 1, 12)(step)
-    skipped = [reader_for(encoder, 0, 1, 12, on_bad_sample="skip")(step).skipped for step in range(5)]
-    assert sum(count["fifth"] for count in skipped) == 12  # 6 of 30 samples, two epochs
+            reader_for(encoder, 0, 1, 12, on_bad_sample="error")(step)
+    skipped = [reader_for(encoder, 0, 1, 12, on_bad_sample="skip")(step) for step in range(5)]
+    assert sum(data.skipped_by_reason["fifth"] for data in skipped) == 12  # 6 of 30 samples, two epochs
+    assert ("fifth", "sample 5 must not be a fifth") in [entry for data in skipped for entry in data.skipped]
 
 
 def test_an_error_inside_a_dataset_names_it_and_its_options(encoder):
@@ -226,13 +309,30 @@ def test_an_error_inside_a_dataset_names_it_and_its_options(encoder):
 
     class Broken(Numbers):
         def __getitem__(self, index: int) -> Sample:
-            return Sample(None, [("?", "red " * len(index))])
+            return Sample([], [("?", "red " * len(index))])
 
     config = DataConfig(prompt="plain", shuffle=False, options={"canvases": 3})
     sizes = dict(global_batch_size=2, micro_batch_size=2, pad_token_id=0, rank=0, world_size=1)
     reader = StepReader(Broken(), encoder(), config, seed=0, **sizes)
     with pytest.raises(ValueError, match="dataset Broken must give sample 4, got TypeError: .*'canvases': 3"):
         reader(2)
+
+
+def test_a_step_counts_what_it_holds(encoder):
+    class Documents(Numbers):
+        def __getitem__(self, index: int) -> Sample:
+            return Sample([PICTURE] * index, [("<image>" * index + "?", "red blue")])
+
+    config = DataConfig(prompt="plain", sequence_length=64, shuffle=False)
+    sizes = dict(global_batch_size=4, micro_batch_size=2, pad_token_id=0)
+    ranks = [
+        StepReader(Documents(), encoder(), config, seed=0, rank=rank, world_size=2, **sizes)
+        for rank in (0, 1)
+    ]
+    first, second = (reader(0) for reader in ranks)
+    assert (first.num_images, second.num_images) == (0 + 1, 2 + 3) == (first.num_windows, second.num_windows)
+    assert (first.num_tokens, second.num_tokens) == (2 * 5 + 1, 2 * 5 + 5)
+    assert first.plan_checksum == second.plan_checksum != ranks[0](1).plan_checksum
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -252,3 +352,24 @@ def test_prefetch_keeps_order_and_exceptions(workers):
             got.append(value)
     assert got == list(range(7))
     assert (threading.get_ident() in threads) == (workers == 0)
+
+
+def test_closing_prefetch_does_not_wait_for_a_slow_step():
+    """A rank that fails must say so at once, not after the steps that its threads still read."""
+    release, started = threading.Event(), threading.Event()
+
+    def read(step: int) -> int:
+        if step:
+            started.set()
+            release.wait(20)
+        return step
+
+    steps = prefetched(read, range(10), 1)
+    try:
+        assert next(steps) == 0
+        assert started.wait(5)
+        begun = time.perf_counter()
+        steps.close()
+        assert time.perf_counter() - begun < 2
+    finally:
+        release.set()

@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
+from model import preset
 from model.infimm_hd import PARTS as MODEL_PARTS
 from train.config import (
     PARTS,
+    CheckpointConfig,
     DataConfig,
+    GuardConfig,
     ImageConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
-    deepspeed_dict,
 )
 from train.overrides import override, parse_overrides
-from train.recipes import CPT, DRA, IFT, PT, RECIPES
+from train.recipes import CPT, DRA, IFT, PT, RECIPES, mra_finetune, mra_pretrain
+from train.settings import deepspeed_dict
 
 TABLE_8 = {
     # trainable, checkpointing, window, mode, row, betas, eps, lr peak, lr min, steps, warm-up, batch,
@@ -50,13 +54,29 @@ def test_recipe_is_table_8(name):
         c.schedule.steps,
         c.schedule.warmup_steps,
         c.parallel.global_batch_size,
-        c.parallel.gradient_accumulation_steps,
+        c.parallel.accumulation_steps(32 if name == "IFT" else 64),
     ) == TABLE_8[name]
     assert (c.optimizer.weight_decay, c.optimizer.clip) == (0.1, 1.0)
     assert (c.parallel.zero_stage, c.parallel.precision) == (2, "bf16")
     assert c.image.window_size * c.image.max_windows_per_side == 1344 or c.image.mode == "single"
-    ranks = 32 if name == "IFT" else 64
-    assert c.parallel.micro_batch(ranks) * ranks * c.parallel.gradient_accumulation_steps == TABLE_8[name][11]
+    for ranks in (1, 2, 8, 64):
+        micro_batch, steps = c.parallel.micro_batch(ranks), c.parallel.accumulation_steps(ranks)
+        assert micro_batch * steps * ranks == c.parallel.global_batch_size
+        assert micro_batch <= c.parallel.max_micro_batch_size
+
+
+def test_recipes_of_llava_hr():
+    """Luo et al. 2024: rates 1e-3 and 2e-5, batches of 256 and 128; one epoch of 558k and 665k samples."""
+    first, second = mra_pretrain(), mra_finetune()
+    assert first.trainable == ("gated_cross_attention",) and second.trainable == PARTS
+    assert (first.optimizer.lr_peak, second.optimizer.lr_peak) == (1e-3, 2e-5)
+    sizes = [config.parallel.global_batch_size for config in (first, second)]
+    assert sizes == [256, 128]
+    assert [config.schedule.steps for config in (first, second)] == [558_128 // 256 + 1, 665_298 // 128]
+    for config in (first, second):
+        assert config.image.window_size == preset(config.model.preset).vision_config.input_size == 1024
+        assert config.optimizer.lr_min == config.optimizer.weight_decay == 0.0
+        assert config.schedule.warmup_steps == math.ceil(0.03 * config.schedule.steps)
 
 
 def test_recipes_are_fresh():
@@ -103,7 +123,14 @@ def test_json_round_trip(recipe):
         (lambda: ImageConfig(window_size=0), "image.window_size must be an int of at least 1, got 0"),
         (lambda: ImageConfig(mode="tiled"), "image.mode must be one of 'single', 'dynamic', got 'tiled'"),
         (lambda: DataConfig(sequence_length=1), "data.sequence_length must be an int of at least 2, got 1"),
-        (lambda: DataConfig(on_bad_sample="ignore"), "data.on_bad_sample must be one of 'error', 'skip'"),
+        (lambda: DataConfig(on_bad_sample="ignore"), "data.on_bad_sample must be one of 'skip', 'error'"),
+        (lambda: DataConfig(balance="tokens"), "data.balance must be one of 'windows', 'none', got 'tokens'"),
+        (lambda: DataConfig(max_skipped_share=1.5), "data.max_skipped_share must lie in 0..1, got 1.5"),
+        (
+            lambda: DataConfig(max_skipped_share=float("nan")),
+            "data.max_skipped_share must lie in 0..1, got nan",
+        ),
+        (lambda: DataConfig(max_skipped_share="all"), "data.max_skipped_share must lie in 0..1, got 'all'"),
         (lambda: DataConfig(workers=-1), "data.workers must be an int of at least 0, got -1"),
         (lambda: ParallelConfig(zero_stage=4), "parallel.zero_stage must be one of 0, 1, 2, 3, got 4"),
         (lambda: ParallelConfig(precision="int8"), "parallel.precision must be one of 'fp32'"),
@@ -114,6 +141,23 @@ def test_json_round_trip(recipe):
         (
             lambda: ParallelConfig(global_batch_size=0),
             "parallel.global_batch_size must be an int of at least 1",
+        ),
+        (
+            lambda: ParallelConfig(zero_stage=2, offload="optimizer_and_parameters"),
+            "parallel.offload must be 'none' with parallel.zero_stage 2 (it needs 3)",
+        ),
+        (lambda: ParallelConfig(offload="disk"), "parallel.offload must be one of 'none', 'optimizer'"),
+        (
+            lambda: ParallelConfig(max_micro_batch_size=0),
+            "parallel.max_micro_batch_size must be an int of at least 1, got 0",
+        ),
+        (lambda: GuardConfig(max_skipped_steps=-1), "guard.max_skipped_steps must be an int of at least 0"),
+        (lambda: GuardConfig(spike_sigmas=0.0), "guard.spike_sigmas must be positive or none, got 0.0"),
+        (lambda: GuardConfig(window=1), "guard.window must be an int of at least 2, got 1"),
+        (lambda: CheckpointConfig(keep_last=0), "checkpoint.keep_last must be an int of at least 1, got 0"),
+        (
+            lambda: CheckpointConfig(every_steps=0),
+            "checkpoint.every_steps must be an int of at least 1, got 0",
         ),
         (lambda: dataclasses.replace(PT(), trainable=()), "trainable must name at least one part"),
         (
@@ -160,15 +204,17 @@ def test_parts_are_the_models():
 
 
 def test_batch_arithmetic():
-    assert ParallelConfig(global_batch_size=48, gradient_accumulation_steps=3).micro_batch(4) == 4
+    config = ParallelConfig(global_batch_size=48, gradient_accumulation_steps=3)
+    assert (config.micro_batch(4), config.accumulation_steps(4)) == (4, 3)
     with pytest.raises(
-        ValueError, match="must be a multiple of gradient_accumulation_steps 3 x 5 ranks, got 48"
+        ValueError, match="must be a multiple of 5 ranks x 3 gradient_accumulation_steps, got 48"
     ):
-        ParallelConfig(global_batch_size=48, gradient_accumulation_steps=3).micro_batch(5)
-    with pytest.raises(
-        ValueError, match="must be micro_batch_size 4 x gradient_accumulation_steps 1 x 2 ranks = 8, got 9"
-    ):
-        ParallelConfig(global_batch_size=9, micro_batch_size=4).micro_batch(2)
+        config.micro_batch(5)
+    with pytest.raises(ValueError, match="global_batch_size must be a multiple of 2 ranks, got 9"):
+        ParallelConfig(global_batch_size=9, max_micro_batch_size=4).micro_batch(2)
+    for most, size in ((1, 1), (4, 4), (5, 4), (12, 12), (99, 24), (None, 24)):
+        config = ParallelConfig(global_batch_size=48, max_micro_batch_size=most)
+        assert (config.micro_batch(2), config.accumulation_steps(2)) == (size, 24 // size)
 
 
 def test_deepspeed_dict_says_what_the_config_says():
@@ -188,6 +234,16 @@ def test_deepspeed_dict_says_what_the_config_says():
         deepspeed_dict(config, 63)
 
 
+@pytest.mark.parametrize(
+    ("offload", "devices"),
+    [("none", [None, None]), ("optimizer", ["cpu", None]), ("optimizer_and_parameters", ["cpu", "cpu"])],
+)
+def test_deepspeed_dict_offloads(offload, devices):
+    config = override(DRA(), {"parallel.zero_stage": 3, "parallel.offload": offload})
+    zero = deepspeed_dict(config, 1)["zero_optimization"]
+    assert [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")] == devices
+
+
 def test_overrides_are_typed_by_their_fields():
     values = parse_overrides(
         [
@@ -197,23 +253,23 @@ def test_overrides_are_typed_by_their_fields():
             "trainable=vision,language",
             "gradient_checkpointing=True",
             "parallel.zero_stage=1",
-            "parallel.micro_batch_size=none",
+            "parallel.max_micro_batch_size=none",
             "init_from=runs/pt",
             "data.path=a=b.jsonl",
             'data.options={"split": "train"}',
             "data.options.number=3",
-            "model.options.vision.num_layers=2",
+            "model.options.vision_config.num_layers=2",
         ]
     )
     config = override(DRA(), values)
     assert config.optimizer == OptimizerConfig(lr_peak=1e-3, betas=(0.8, 0.9), lr_scale={"vision": 0.5})
     assert config.trainable == ("vision", "language")
     assert config.gradient_checkpointing is True
-    assert config.parallel.zero_stage == 1 and config.parallel.micro_batch_size is None
+    assert config.parallel.zero_stage == 1 and config.parallel.max_micro_batch_size is None
     assert config.init_from == "runs/pt"
     assert config.data.path == "a=b.jsonl"
     assert config.data.options == {"split": "train", "number": 3}
-    assert config.model.options == {"vision": {"num_layers": 2}}
+    assert config.model.options == {"vision_config": {"num_layers": 2}}
     assert DRA().data.options == {}
 
 
@@ -246,10 +302,10 @@ def test_one_key_twice_is_refused():
 
 def test_configs_share_no_dict_with_their_source():
     """A key inside a dict field was once written into the caller's own dict."""
-    options = {"vision": {"num_layers": 2}}
-    config = override(PT(), {"model.options": options, "model.options.vision.num_layers": 3})
-    assert config.model.options == {"vision": {"num_layers": 3}}
-    assert options == {"vision": {"num_layers": 2}}
+    options = {"vision_config": {"num_layers": 2}}
+    config = override(PT(), {"model.options": options, "model.options.vision_config.num_layers": 3})
+    assert config.model.options == {"vision_config": {"num_layers": 3}}
+    assert options == {"vision_config": {"num_layers": 2}}
     values = config.to_dict()
-    TrainConfig.from_dict(values).model.options["vision"]["num_layers"] = 4
-    assert values["model"]["options"] == config.model.options == {"vision": {"num_layers": 3}}
+    TrainConfig.from_dict(values).model.options["vision_config"]["num_layers"] = 4
+    assert values["model"]["options"] == config.model.options == {"vision_config": {"num_layers": 3}}

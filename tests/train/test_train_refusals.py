@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import InfiMMHD
 from train import distributed
 from train.__main__ import main
-from train.checkpoint import UNFINISHED, check_output_dir
 from train.config import TrainConfig
 from train.engine import run
+from train.output import UNFINISHED, check_output_dir
 
 from .tiny_stage import ALL_PARTS, tiny_model
 
@@ -29,8 +31,7 @@ def finished(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "stage"
     tiny_model().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "checkpoint").mkdir()
-    (folder / "checkpoint" / "latest").write_text("global_step3")
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     config = TrainConfig(stage="PT", trainable=ALL_PARTS).to_dict()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "log.jsonl").touch()
@@ -41,9 +42,9 @@ def finished(tmp_path_factory, tokenizer) -> Path:
     "names",
     [
         ["model/config.py"],
-        ["checkpoint/notes.txt"],
+        ["checkpoints/notes.txt"],
         ["model/config.json", "model/model.safetensors"],
-        ["checkpoint/latest"],
+        ["checkpoints/step-00000003/notes.txt"],
         ["config.json", "model.safetensors"],
         ["log.jsonl"],
         [f"{UNFINISHED}/notes.txt"],
@@ -70,7 +71,6 @@ def test_what_no_stage_wrote_is_never_replaced(tiny, colours, tokenizer, names):
 @pytest.mark.parametrize(
     ("name", "lack"),
     [
-        ("checkpoint/latest", "no latest in it"),
         ("model/config.json", "no config.json in it"),
         ("model/model.safetensors", "no model*.safetensors in it"),
     ],
@@ -83,6 +83,14 @@ def test_a_folder_beside_a_stages_config_must_be_its_own_too(finished, tmp_path,
     with pytest.raises(ValueError) as error:
         check_output_dir(output_dir)
     assert f"{name.partition('/')[0]!r} that no stage wrote ({lack})" in str(error.value)
+
+
+def test_checkpoints_hold_nothing_else(finished, tmp_path):
+    output_dir = tmp_path / "stage"
+    shutil.copytree(finished, output_dir)
+    (output_dir / "checkpoints" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"a 'checkpoints' that no stage wrote \(thesis.tex in it\)"):
+        check_output_dir(output_dir)
 
 
 def test_a_link_is_not_followed(finished, tmp_path):
@@ -148,6 +156,7 @@ def test_random_weights_are_not_frozen_unasked(tiny, colours, tokenizer, trainab
     assert "model.allow_random_frozen=true" in str(error.value)
     run(config, dataset=colours, tokenizer=tokenizer, model=tiny_model())
     everything = dataclasses.replace(config, trainable=ALL_PARTS)
+    everything.checkpoint.resume = False
     run(everything, dataset=colours, tokenizer=tokenizer)
 
 
@@ -164,7 +173,7 @@ def command(tiny, conversations, tokenizer, tmp_path):
 def test_two_commands_in_one_process(command):
     """The second died with "Group ... is not registered": DeepSpeed kept handles of the first one's group."""
     for zero_stage in (2, 3, 2):
-        assert command(f"parallel.zero_stage={zero_stage}") == 0
+        assert command(f"parallel.zero_stage={zero_stage}", "checkpoint.resume=false") == 0
         assert not torch.distributed.is_initialized()
 
 
@@ -172,10 +181,10 @@ def test_two_commands_in_one_process(command):
     ("overrides", "message"),
     [
         (["output_dir=/proc/stage"], "output_dir must be a folder that can be written, got '/proc/stage' ("),
-        (["model.options.language.num_attention_heads=3"], "model.options must fit preset 'tiny', got {"),
+        (["model.options.text_config.num_attention_heads=3"], "model.options must fit preset 'tiny', got {"),
         (["model.options.gated_cross_attention.interval=9"], "model.options must fit preset 'tiny', got {"),
-        (["model.options.language.hidden_size=wide"], "model.options must fit preset 'tiny', got {"),
-        (["model.options.vision.norm_gain_init=wide"], "model.options must fit preset 'tiny', got {"),
+        (["model.options.text_config.hidden_size=wide"], "model.options must fit preset 'tiny', got {"),
+        (["model.options.vision_config.norm_gain_init=wide"], "model.options must fit preset 'tiny', got {"),
         (["data.name=painted", "data.path=none", "data.options.canvases=3"], "canvases"),
         (["data.name=painted", "data.path=none", "data.options.lengths=3"], "lengths"),
         (["data.options.image_root=3"], "data.options must fit dataset 'conversations', got {"),
@@ -244,3 +253,23 @@ def test_a_damaged_tokenizer_is_one_line_and_code_1(command, tmp_path, capsys, n
     folder = str(tmp_path / "tokenizer")
     assert f"data.tokenizer must be a folder with a saved tokenizer, got {folder!r}: " in error
     assert error.count("\n") == 1
+
+
+def test_a_disk_that_is_full_at_the_export_is_an_error(tiny, colours, tokenizer):
+    """safetensors has an exception of its own for it; on rank 0 it left the other ranks waiting."""
+    config = tiny("PT")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = InfiMMHD.save_pretrained
+
+    def save_with_little_room(model: InfiMMHD, folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            save(model, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InfiMMHD, "save_pretrained", save_with_little_room)
+        with pytest.raises(OSError, match="model must be written to '.*unfinished', got .*File too large"):
+            run(config, dataset=colours, tokenizer=tokenizer)
+    assert run(config, dataset=colours, tokenizer=tokenizer).samples_seen == 24

@@ -105,10 +105,10 @@ def _warm_up(folder: Path, tokenizer, options: argparse.Namespace, precision: st
     config = WarmUpConfig(autocast=precision == "bf16_autocast", seed=options.seed)
     config.vision_steps = max(2, round(config.vision_steps * options.scale))
     config.language_steps = max(2, round(config.language_steps * options.scale))
-    tiny = preset("tiny")
-    # torch's fused attention, the default, has a slow bfloat16 backward on the CPU
-    tiny.language["attn_implementation"] = "eager"
-    model = InfiMMHD(tiny).to(DEVICE)
+    model = InfiMMHD(preset("tiny")).to(DEVICE)
+    if precision == "bf16_autocast" and DEVICE.type == "cpu":
+        # torch's fused attention, the default, has a slow bfloat16 backward there
+        model.language.set_attn_implementation("eager")
     vision = warm_up_vision(model, config)
     language = warm_up_language(model, tokenizer, config)
     model.save_pretrained(folder / "model")

@@ -61,7 +61,7 @@ def answer_questions(
     for start in range(0, num_images, batch_images):
         indices = range(start, min(start + batch_images, num_images))
         painted = [dataset.painted(i) for i in indices]
-        views = [processor(image.pixels) for image in painted] if processor is not None else None
+        views = [processor.process(image.pixels) for image in painted] if processor is not None else None
         for kind, side in asked:
             pairs = [question_and_answer(kind, side, image.strings[side]) for image in painted]
             given = ask(model, tokenizer, [question for question, _ in pairs], views)
@@ -103,7 +103,7 @@ def ask(
     arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     end = tokenizer.eos_token_id
     texts = []
-    for row in model.generate(**arguments).tolist():
+    for row in model.generate(**arguments)[:, longest:].tolist():
         ended = row.index(end) if end in row else None
         texts.append(tokenizer.decode(row[:ended]) + ("" if ended is not None else UNENDED))
     return texts

@@ -16,7 +16,8 @@ import numpy as np
 import skimage
 from PIL import Image, ImageDraw, ImageFont
 
-from train.data import Sample
+from train.data import IMAGE_MARK, Sample
+from train.data.painting import COLOUR_NAMES, choose_colour, shade
 
 PHOTOGRAPHS = {
     "train": (
@@ -39,19 +40,6 @@ SHORT_SIDES = (150, 240, 400)
 """Each photograph is used at these scales, pixels of its shorter side, as far as it is large enough."""
 
 DIGITS = "0123456789"
-COLOURS = {
-    "red": (230, 30, 30),
-    "green": (30, 200, 40),
-    "blue": (40, 60, 240),
-    "yellow": (240, 230, 30),
-    "magenta": (230, 40, 220),
-    "white": (250, 250, 250),
-}
-COLOUR_NAMES = tuple(COLOURS)
-COLOUR_VALUES = np.array([COLOURS[name] for name in COLOUR_NAMES], dtype=np.float32)
-MIN_COLOUR_DISTANCE = 130.0
-"""A string's colour differs from the mean ground under it by at least this (sum over the three channels)."""
-
 SIDES = ("left top", "right bottom")
 KINDS = ("characters", "colour", "count")
 NUMBER_WORDS = ("one", "two", "three", "four")
@@ -144,14 +132,6 @@ def crop(rng: np.random.Generator, split: str, height: int, width: int) -> np.nd
     return piece * rng.uniform(0.75, 1.1)
 
 
-def choose_colour(rng: np.random.Generator, ground: np.ndarray, taken: tuple[int, ...] = ()) -> int:
-    """A colour that stands out from the ground, not one of `taken`."""
-    distance = np.abs(COLOUR_VALUES - ground.mean((0, 1))).sum(1)
-    free = [i for i in range(len(COLOUR_NAMES)) if i not in taken]
-    distinct = [i for i in free if distance[i] > MIN_COLOUR_DISTANCE]
-    return int(rng.choice(distinct or free))
-
-
 def paint(canvas: np.ndarray, text: str, font_size: int, left: int, top: int, colour: np.ndarray) -> None:
     """Blends `text` into `canvas` [height, width, 3] float32 in place; it must fit."""
     for character in text:
@@ -160,10 +140,6 @@ def paint(canvas: np.ndarray, text: str, font_size: int, left: int, top: int, co
         ground = canvas[top : top + height, left : left + width]
         ground += coverage * (colour - ground)
         left += width
-
-
-def shade(rng: np.random.Generator, colour: int) -> np.ndarray:
-    return np.clip(COLOUR_VALUES[colour] + rng.normal(0.0, 8.0, 3), 0, 255).astype(np.float32)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -217,14 +193,22 @@ class PaintedPhotographs:
         for side, string in enumerate(image.strings):
             kind = "count" if rng.random() < self.count_share else "characters"
             turns += [question_and_answer(kind, side, string), question_and_answer("colour", side, string)]
-        return Sample(image=image.pixels, turns=[turns[i] for i in rng.permutation(len(turns))])
+        (question, answer), *others = (turns[i] for i in rng.permutation(len(turns)))
+        return Sample([image.pixels], [(f"{IMAGE_MARK} {question}", answer), *others])
+
+    def num_images(self, index: int) -> int:
+        return 1
+
+    def image_sizes(self, index: int) -> list[tuple[int, int]]:
+        """(height, width) of the sample's picture, which is not painted for it."""
+        return [self._canvas(np.random.default_rng([self.seed, index, 0]))]
 
     def painted(self, index: int) -> PaintedImage:
         """The picture behind `dataset[index]`, with what was painted where."""
         # The jitter has a generator of its own: `off_grid` moves the strings and changes nothing else but the
         # colours, which follow the ground.
         rng, placing = (np.random.default_rng([self.seed, index, stream]) for stream in (0, 1))
-        height, width = self.canvases[rng.integers(len(self.canvases))]
+        height, width = self._canvas(rng)
         canvas = crop(rng, self.split, height, width)
         roomy = min(height, width) >= 16 * self.snap
         written = [self._string(rng, width) for _ in SIDES]
@@ -244,6 +228,9 @@ class PaintedPhotographs:
             paint(canvas, text, font_size, left, top, shade(placing, colour))
             strings.append(PaintedString(text, colour, font_size, box))
         return PaintedImage(np.clip(canvas, 0, 255).astype(np.uint8), (strings[0], strings[1]))
+
+    def _canvas(self, rng: np.random.Generator) -> tuple[int, int]:
+        return tuple(self.canvases[rng.integers(len(self.canvases))])
 
     def _string(self, rng: np.random.Generator, width: int) -> tuple[str, int]:
         """A string that fits `width` pixels, and its font size."""

@@ -13,36 +13,26 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from model import ImageProcessor, InfiMMHD, ProcessedImage
-from model.vision import NUM_PREFIX_TOKENS
 
+from ..plot import STAGE_COLOURS, STYLE, draw_borders, draw_curve
 from .evaluate import UNENDED
-
-SMOOTHING_STEPS = 10
 
 
 def plot_losses(stages: dict[str, list[float]], path: Path) -> None:
     """`stages` maps a stage's name to its loss at every step; draws the running mean and the borders."""
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    start = 0
-    for number, (name, losses) in enumerate(stages.items()):
-        steps = np.arange(start, start + len(losses))
-        width = min(SMOOTHING_STEPS, len(losses))
-        mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
-        axes.plot(steps[width - 1 :], mean, color=f"C{number}", linewidth=2, label=name)
-        if number:
-            axes.axvline(start, color="0.6", linewidth=1, linestyle="--")
-        axes.text(
-            start + len(losses) / 2, 0.96, name, transform=axes.get_xaxis_transform(), ha="center", va="top"
-        )
-        start += len(losses)
-    axes.set_xlim(0, start)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per answer token (nats)")
-    axes.set_title(f"Loss over the four stages, running mean of {SMOOTHING_STEPS} steps")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+        ends = np.cumsum([len(losses) for losses in stages.values()]).tolist()
+        for number, (losses, end) in enumerate(zip(stages.values(), ends, strict=True)):
+            steps = np.arange(end - len(losses), end)
+            draw_curve(axes, steps, np.array(losses), STAGE_COLOURS[number % len(STAGE_COLOURS)])
+        draw_borders(axes, ends, list(stages))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss per answer token (nats)")
+        figure.suptitle("Loss over the four stages: each step, and the running mean")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
 
 
 @torch.no_grad()
@@ -84,9 +74,10 @@ def cross_attention_maps(
         0, len(prompt) - 1 : len(prompt) - 1 + len(written)
     ]  # token t is predicted from token t - 1
     scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()) / query.shape[-1] ** 0.5
-    grid = model.config.vision.grid_size
-    probabilities = scores.softmax(-1).mean(0).view(len(written), -1, model.config.vision.num_tokens)
-    maps = probabilities[:, :, NUM_PREFIX_TOKENS:].reshape(len(written), -1, grid, grid)
+    vision = model.config.vision_config
+    grid = vision.grid_size
+    probabilities = scores.softmax(-1).mean(0).view(len(written), -1, vision.num_tokens)
+    maps = probabilities[:, :, vision.num_prefix_tokens :].reshape(len(written), -1, grid, grid)
     return tokenizer.convert_ids_to_tokens(written), maps.cpu()
 
 
@@ -101,7 +92,7 @@ def plot_attention(
     path: Path,
 ) -> None:
     """The photograph with its window grid, and over it the cross-attention of each token of the answer."""
-    view = processor(pixels)
+    view = processor.process(pixels)
     written = given.removesuffix(UNENDED) or expected  # an empty answer attends to nothing
     tokens, maps = cross_attention_maps(model, tokenizer, question, written, view)
     window = processor.window_size

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from train.config import (
+    CheckpointConfig,
     DataConfig,
     ImageConfig,
     OptimizerConfig,
@@ -122,4 +123,6 @@ def stage_config(
         parallel=ParallelConfig(
             global_batch_size=stage.batch, zero_stage=recipe.parallel.zero_stage, precision=precision
         ),
+        # a demo starts from new warm-ups every time
+        checkpoint=CheckpointConfig(every_steps=None, keep_last=1, resume=False),
     )

@@ -3,7 +3,9 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .painted import COLOUR_NAMES, DIGITS, NUMBER_WORDS
+from train.data.painting import COLOUR_NAMES
+
+from .painted import DIGITS, NUMBER_WORDS
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<image>", "<|endofchunk|>")
 """Their ids are 0..3, as the `tiny` preset of the model has them."""

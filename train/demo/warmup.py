@@ -19,21 +19,19 @@ from transformers import PreTrainedTokenizerFast
 from model import InfiMMHD
 from model.image import CLIP_MEAN, CLIP_STD
 from model.infimm_hd import IGNORE_INDEX
+from train.data.painting import COLOUR_NAMES, choose_colour, shade
 
 from .painted import (
-    COLOUR_NAMES,
     DIGITS,
     FONT_SIZES,
     NUMBER_WORDS,
     SIDES,
     PaintedString,
-    choose_colour,
     crop,
     glyph,
     paint,
     question_and_answer,
     random_string,
-    shade,
 )
 from .stages import OFF_GRID
 
