@@ -1,6 +1,7 @@
 # make demo       train and question a small InfiMM-HD, about ten minutes on two CPU cores
 # make test       lint and all tests but the long ones
 # make test-long  the long tests
+# make reliability  kill, damage, starve and fuzz the trainer some hundred times: runs/reliability.json
 # make lint       ruff and clang-format
 # make gpu        build, test and measure on the GPU at hand, in BUDGET_S=540 seconds: bench/results/
 
@@ -11,16 +12,26 @@ INSTALLED := $(VENV)/.installed
 CPP := $(wildcard csrc/*.* csrc/common/* tests/emulate/*.cpp tests/emulate/cuda_shim/*)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/common/*)
 
-.PHONY: demo test test-long lint gpu clean
+.PHONY: demo test test-long reliability lint gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m train.demo
 
+# A process for each core, of one thread each: most tests are one interpreter or one compiler at work.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -q -m "not long"
+	$(PYTEST) -m "not long"
+
+# What compares times has the machine to itself.
+SPEED := tests/kernels/test_cpu_speed.py
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m long
+	$(PYTEST) -m long --ignore $(SPEED)
+	$(BIN)/python -m pytest -q -m long $(SPEED)
+
+reliability: $(INSTALLED)
+	$(BIN)/python -m bench.reliability
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

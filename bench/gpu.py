@@ -2,9 +2,9 @@
 
 Writes bench/results/<gpu>-<date>.json (and --output) after every step and entry, so that a cut run leaves
 what it had. The extension is built in place, without network; the GPU tests and the static ledger run beside
-each other; then come the cases of bench.plan, in a process of their own that is started again when a kernel
-takes it down. Nothing stops the run: what fails is recorded. BUDGET_S (540) bounds the seconds, and
-GIT_COMMIT names the commit where the files are a copy without history.
+each other; then come the whole encoder (bench.encoder) and the cases of bench.plan, these in a process of
+their own that is started again when a kernel takes it down. Nothing stops the run: what fails is recorded.
+BUDGET_S (540) bounds the seconds, and GIT_COMMIT names the commit where the files are a copy without history.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bench.supervise import supervise
 from bench.worker import cases_of
 
 DEFAULT_BUDGET_S = 540.0
-BUILD_SHARE, CHECK_SHARE = 0.2, 0.35  # of the budget, at most
+BUILD_SHARE, CHECK_SHARE, ENCODER_SHARE = 0.2, 0.35, 0.25  # of the budget, at most
 GPU_TESTS = [
     "-m",
     "gpu",
@@ -60,7 +60,7 @@ def _same_case(a: Entry, b: Entry) -> bool:
 
 
 def prepare(writer: results.Writer, device: torch.device, budget_s: float) -> None:
-    """Build, then test while the ledger compiles: nothing is timed yet."""
+    """Build, then test while the ledger compiles; then the encoder, the first thing that is timed."""
     if device.type == "cuda":
         archs = steps.archs_of(torch.cuda.get_device_capability(device))
         writer.put("build", steps.build_extension(archs, BUILD_SHARE * budget_s))
@@ -78,6 +78,10 @@ def prepare(writer: results.Writer, device: torch.device, budget_s: float) -> No
     print(
         "ledger:", writer.document["ledger"]["status"], writer.document["ledger"]["reason"] or "", flush=True
     )
+    if device.type == "cuda":  # alone: it is timed
+        encoder = steps.run_encoder(ENCODER_SHARE * budget_s, "--device", "cuda", "--repeats", "3")
+        writer.put("encoder", encoder)
+        print("encoder:", encoder["status"], encoder["reason"] or f"smallest ratio {encoder['min_ratio']}")
 
 
 def main(arguments: list[str] | None = None) -> int:

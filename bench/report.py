@@ -18,7 +18,6 @@ from bench.results import RESULTS, ROOT, load
 Entry = dict[str, Any]
 README = ROOT / "README.md"
 LEDGER = ROOT / "bench" / "ledger.json"
-BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 SECTIONS = {
     "main": "The windows of the ViT",
     "decode": "A new token over kept vision keys and values",
@@ -155,6 +154,7 @@ def page(document: dict[str, Any], pictures: dict[str, str]) -> str:
     lines += [*_ceilings(document), RATIO, ""]
     for title, name in pictures.items():
         lines += [f"![{title}]({name})", ""]
+    lines += _encoder(document)
     cases = by_case(document["entries"])
     for section, title in SECTIONS.items():
         chosen = [case for case in cases if next(iter(case.values()))["section"] == section]
@@ -218,6 +218,23 @@ def _ceilings(document: dict[str, Any]) -> list[str]:
             name = "matrix product" if entry["op"] == "matrix_product" else "copy"
             found.append(f"{name} ({shape_label(entry['shape'])}, {entry['dtype']}) {value_label(entry)}")
     return [f"Ceilings of the same run: {'; '.join(found)}.", ""] if found else []
+
+
+def _encoder(document: dict[str, Any]) -> list[str]:
+    """The whole encoder's table (bench.encoder), and what is missing in it."""
+    found = document.get("encoder")
+    if found is None:
+        return []
+    lines = ["## The whole encoder", ""]
+    if found["status"] != "ok":
+        lines += [f"{found['status']}: {found['reason']}", ""]
+    table = [["rival", "mode", "dtype", "windows", "pass", "ours", "theirs", "ratio"]]
+    for row in found["rows"] or []:
+        mode, times = "compiled" if row["compiled"] else "eager", (row["ours_ms"], row["theirs_ms"])
+        case = [row["rival"], mode, row["dtype"], str(row["windows"]), row["pass"]]
+        table.append([*case, *(f"{ms:.1f} ms" for ms in times), f"{row['ratio']:.2f}x"])
+    missing = dict.fromkeys(f"- {each['rival']}: {each['reason']}" for each in found["missing"] or [])
+    return lines + (markdown(table) + [""] if found["rows"] else []) + ([*missing, ""] if missing else [])
 
 
 def columns(cases: list[dict[str, Entry]]) -> list[str]:
@@ -329,13 +346,14 @@ def _ledger_table(path: Path) -> list[str]:
     ]
 
 
-def with_block(text: str, block: str) -> str:
-    """`text` with `block` between its two comments; ValueError unless each stands there once, in order."""
-    counts = text.count(BEGIN), text.count(END)
-    if counts != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"text must hold {BEGIN} and then {END} once each, got {counts[0]} and {counts[1]}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{block}{END}{rest.partition(END)[2]}"
+def with_block(text: str, block: str, name: str = "kernels") -> str:
+    """`text` with `block` between its comments `name`; ValueError unless each stands there once, in order."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    counts = text.count(begin), text.count(end)
+    if counts != (1, 1) or text.index(begin) > text.index(end):
+        raise ValueError(f"text must hold {begin} and then {end} once each, got {counts[0]} and {counts[1]}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{block}{end}{rest.partition(end)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

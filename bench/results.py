@@ -98,7 +98,7 @@ def header(device: torch.device, command: str, budget_s: float) -> dict[str, Any
         "triton": found["triton"],
         "nvcc": _nvcc(),
         "python": found["python"],
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
         "date": datetime.date.today().isoformat(),
         "budget_s": budget_s,
@@ -146,7 +146,7 @@ def _nvcc() -> str:
     return found.group(1) if found else "not found"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout, or from GIT_COMMIT where the files are a copy without history."""
     commit = _run("git", "rev-parse", "HEAD")
     if not commit:

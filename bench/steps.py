@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` does before it measures: build, test, compile for the ledger."""
+"""What `python -m bench.gpu` does before it measures ops: build, test, the ledger, the whole encoder."""
 
 import json
 import os
@@ -50,12 +50,33 @@ def run_tests(arguments: list[str], limit_s: float) -> dict[str, Any]:
 
 def run_ledger(limit_s: float) -> dict[str, Any]:
     """The static ledger as this machine's Triton compiles it: its rows, or why there are none."""
-    done = _run([sys.executable, "-m", "bench.ledger", "--json"], dict(os.environ), limit_s, keep_output=True)
+    done, rows = _run_json([sys.executable, "-m", "bench.ledger", "--json"], limit_s)
+    return {**done, "rows": rows or []}
+
+
+def run_encoder(limit_s: float, *options: str) -> dict[str, Any]:
+    """bench.encoder: its rows, what is missing in them and the smallest ratio, or why there are none."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.encoder",
+        "--json",
+        "--budget-s",
+        f"{0.7 * limit_s:.0f}",
+        *options,
+    ]
+    done, report = _run_json(command, limit_s)  # a row that began in time may end within the rest
+    return {**done, **{key: (report or {}).get(key) for key in ("rows", "missing", "min_ratio")}}
+
+
+def _run_json(command: list[str], limit_s: float) -> tuple[dict[str, Any], Any]:
+    """What `_run` says, and the JSON document that the command printed, None without one."""
+    done = _run(command, dict(os.environ), limit_s, keep_output=True)
     try:
-        rows = json.loads(done.pop("output"))
+        return done, json.loads(done.pop("output"))
     except json.JSONDecodeError as error:
-        return {**done, "status": "failed", "reason": done["reason"] or f"no JSON: {error}", "rows": []}
-    return {**done, "rows": rows}
+        status = "budget" if done["status"] == "budget" else "failed"
+        return {**done, "status": status, "reason": done["reason"] or f"no JSON: {error}"}, None
 
 
 def _run(

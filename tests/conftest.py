@@ -1,5 +1,6 @@
-"""What every test needs before anything imports Triton, and the skip rule of GPU tests."""
+"""What every test needs before anything imports Triton, which cases are long, the skip rule of GPU tests."""
 
+import collections
 import contextlib
 import os
 
@@ -24,7 +25,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest drops what -m does not ask for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases = collections.Counter()
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is not None:
+            function = item.nodeid.split("[")[0]
+            if cases[function] % sample.args[0] != 0:
+                item.add_marker(pytest.mark.long)
+            cases[function] += 1
     if torch.cuda.is_available():
         return
     for item in items:

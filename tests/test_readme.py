@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from model.__main__ import main as model_main
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +23,22 @@ def test_the_first_example_runs_and_agrees_with_eager():
 def test_the_gated_block_example_runs():
     (example,) = [block for block in blocks("python") if "decode_segments" in block]
     exec(example, {})
+
+
+def test_the_model_example_runs():
+    (example,) = [block for block in blocks("python") if "InfiMMHDProcessor" in block]
+    found: dict = {}
+    exec(example, found)
+    assert isinstance(found["answer"], str) and found["tokens"].shape[0] == 1
+
+
+def test_the_model_commands_are_subcommands(capsys):
+    commands = re.findall(r"^python -m model (\w+)", README, flags=re.MULTILINE)
+    assert set(commands) == {"generate", "chat", "inspect", "convert", "build"}
+    for command in commands:
+        with pytest.raises(SystemExit) as stopped:
+            model_main([command, "--help"])
+        assert stopped.value.code == 0
 
 
 def test_the_file_tree_names_what_exists():

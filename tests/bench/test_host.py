@@ -25,7 +25,10 @@ def test_every_call_launches(found):
     """Four kernels: one forward, three backward."""
     assert found["kernels"] == 4
     assert found["launches"] > 1000
-    assert 0 < found["forward_us"] < found["forward_with_grad_us"]
+    # no order between them: a busy machine once timed the call with gradients as the shorter one
+    assert found["forward_us"] > 0
+    assert found["forward_with_grad_us"] > 0
+    assert found["backward_us"] > 0
 
 
 def test_another_number_of_windows_compiles_nothing(found):

@@ -121,6 +121,7 @@ def measured_forward(sabotage: str) -> list:
     return measure_configs([changed[sabotage]])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("sabotage", "sentence"),
     [

@@ -92,6 +92,9 @@ def ledger(tmp_path):
     return path
 
 
+BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
+
+
 def rows_of(text: str) -> list[list[str]]:
     return [
         [c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
@@ -222,11 +225,11 @@ def test_readme_block_without_any_result_is_the_ledger(tmp_path, ledger):
 
 
 def test_block_goes_between_the_comments():
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     new = report.with_block(text, "new\n")
-    assert new == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert new == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     assert report.with_block(new, "new\n") == new
-    for wrong in ("", report.BEGIN, f"{report.END}{report.BEGIN}", text + text):
+    for wrong in ("", BEGIN, f"{END}{BEGIN}", text + text):
         with pytest.raises(ValueError, match="text must hold <!-- kernels --> and then"):
             report.with_block(wrong, "new\n")
 
@@ -240,11 +243,11 @@ def test_readme_holds_what_the_command_generates():
 
 def test_readme_command(tmp_path, ledger, monkeypatch, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{report.BEGIN}\n{report.END}\nb\n")
+    readme.write_text(f"a\n{BEGIN}\n{END}\nb\n")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "readme_block", lambda: "new\n")
     assert report.main(["--readme"]) == 0
-    assert readme.read_text() == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
+    assert readme.read_text() == f"a\n{BEGIN}\nnew\n{END}\nb\n"
     readme.write_text("no comments")
     with pytest.raises(SystemExit, match="2"):
         report.main(["--readme"])

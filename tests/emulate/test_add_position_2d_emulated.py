@@ -199,6 +199,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
 def test_seeded_bug_is_caught(tmp_path, old, new):
     csrc = tmp_path / "csrc"

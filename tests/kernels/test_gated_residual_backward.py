@@ -47,6 +47,7 @@ def ours_or_library(request, monkeypatch):
     """Who multiplies where inner is from 33 to 1024: the kernels, or the library as for a larger one."""
     for module in ("triton_forward", "triton_backward"):
         monkeypatch.setattr(f"infimm_kernels.gated_residual.{module}.LARGE_INNER", request.param)
+    return "library" if request.param == 32 else "ours"
 
 
 @every_dtype
@@ -108,6 +109,7 @@ def test_the_number_of_rows_is_no_part_of_a_compiled_kernel():
     ]
 
 
+@pytest.mark.long
 def test_float32_has_a_sum_per_some_rows(interpreter):
     """One running sum over so many rows had 2.7 times eager's error for weight, 6 times for gate."""
     check_error_rule(gated_inputs((32_768,), 8, 8, torch.float32), None, None, "triton")
@@ -143,6 +145,7 @@ def products(monkeypatch):
     return called
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [*FLOATS, *MIXED_DTYPES], ids=str)
 @masked_or_not
 def test_large_inner_is_left_to_the_library(dtype, masked, products, interpreter):
@@ -200,7 +203,15 @@ def test_nan_in_masked_rows_reaches_no_gradient(dtype, ours_or_library, interpre
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, MIXED_DTYPES[0]], ids=str)
 def test_layouts_and_expanded_gradient(dtype, ours_or_library, interpreter):
+    """Bit for bit where the kernels multiply. On a processor without AVX-512 the library multiplies another
+    layout in another order, and a bfloat16 gradient was rounded the other way."""
     inner = 40
+
+    def same(found, expected):
+        if ours_or_library == "ours":
+            return torch.equal(found, expected)
+        return torch.allclose(found, expected, rtol=2**-7, atol=1e-5)
+
     x, o, weight, gate = (t.detach() for t in gated_inputs((4, 19), 24, inner, dtype))
     mask = random_mask((4, 19))
     mask = mask.t().contiguous().t()
@@ -223,7 +234,7 @@ def test_layouts_and_expanded_gradient(dtype, ours_or_library, interpreter):
             for other in others:
                 arguments = {"o": o, "weight": weight, "gate": gate} | {name: other}
                 found = BACKWARD(dy, **arguments, row_mask=mask, backend="triton")
-                assert all(map(torch.equal, found, plain)), name
+                assert all(map(same, found, plain)), name
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

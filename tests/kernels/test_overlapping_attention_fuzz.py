@@ -104,5 +104,5 @@ def results(arguments: ArgumentSet, inputs, hidden, dout, dtype) -> tuple[torch.
 
 
 test_reference, test_triton, test_ten_thousand_in_reference, test_five_hundred_in_triton = fuzz_tests(
-    draw, check, in_reference=200, in_triton=25
+    draw, check, in_reference=200, in_triton=6
 )

@@ -23,12 +23,14 @@ from tests.kernels.test_post_norm import (
 # --- the kernels in the interpreter -------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_interpreter(size, dtype, interpreter):
     check(inputs(size[:1], size[1], dtype), backend="triton")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("place", PLACES[1:], ids=["window", "token"])
 @pytest.mark.parametrize("hidden", [16, 600, 2304])

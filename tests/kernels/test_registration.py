@@ -69,6 +69,7 @@ def test_forward_mode_is_not_silently_zero(make):
         assert max_error(forward_ad.unpack_dual(dual).tangent, expected) < 1e-7
 
 
+@pytest.mark.sample(3)
 @every_op
 def test_compiled_forward_mode_is_not_silently_zero(make):
     case = make()

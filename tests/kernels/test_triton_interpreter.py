@@ -156,6 +156,7 @@ def test_gated_residual_layouts():
 POSITIONS = torch.tensor([[0, 0], [3, 1], [-1, -1], [40, 70], [2, -4]])
 
 
+@pytest.mark.sample(4)
 @floats
 @pytest.mark.parametrize(
     "options",

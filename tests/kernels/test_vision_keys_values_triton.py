@@ -28,6 +28,7 @@ def every_tile(request, interpreter):
         yield
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("place", "dtype"),
     [

@@ -1,6 +1,8 @@
 import importlib.util
+import os
 
 import pytest
+from filelock import FileLock
 
 from tests.package import building
 
@@ -17,12 +19,19 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cuda_wheel(checkout, tmp_path_factory):
-    """(wheel, its content unpacked, the build's output) of the default build, made once."""
+    """(wheel, its content unpacked, the build's output) of the default build, made once, for all of
+    pytest-xdist's processes."""
     if not building.have_nvcc():
         pytest.skip("no nvcc")
-    out = tmp_path_factory.mktemp("cuda_wheel")
-    wheel, printed = building.build_wheel(checkout(), out, building.environment())
-    return wheel, building.unpack(wheel, out / "site"), printed
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_wheel"
+    with FileLock(f"{out}.lock"):
+        if not (out / "printed").exists():
+            wheel, printed = building.build_wheel(checkout(), out, building.environment())
+            building.unpack(wheel, out / "site")
+            (out / "printed").write_text(printed)
+    (wheel,) = out.glob("*.whl")
+    return wheel, out / "site", (out / "printed").read_text()
 
 
 @pytest.fixture(scope="session")

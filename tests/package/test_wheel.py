@@ -116,7 +116,7 @@ def imported_from(site, cwd):
     return dict(zip(names, done.stdout.split(), strict=True))
 
 
-@pytest.mark.parametrize("archs", ["none", pytest.param("80", marks=needs_nvcc)])
+@pytest.mark.parametrize("archs", ["none", pytest.param("80", marks=[needs_nvcc, pytest.mark.long])])
 def test_editable_install_shows_the_whole_checkout(checkout, tmp_path, archs):
     """A wheel holds infimm_kernels alone, but who works in a checkout needs model, train and bench too."""
     source = checkout()
