@@ -2,6 +2,7 @@
 # make test       lint and all tests but the long ones
 # make test-long  the long tests
 # make reliability  kill, damage, starve and fuzz the trainer some hundred times: runs/reliability.json
+# make emulate    every seeded bug of the CUDA kernels against their emulation: one JSON line
 # make lint       ruff and clang-format
 # make gpu        build, test and measure on the GPU at hand, in BUDGET_S=540 seconds: bench/results/
 
@@ -9,10 +10,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CPP := $(wildcard csrc/*.* csrc/common/* tests/emulate/*.cpp tests/emulate/cuda_shim/*)
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/common/*)
+CSRC := $(wildcard csrc/*.* csrc/common/* csrc/ptx/*)
+CPP := $(CSRC) $(wildcard bench/*.cu tests/emulate/*.cpp tests/emulate/cuda_shim/*.h tests/emulate/cuda_shim/ptx/*)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
-.PHONY: demo test test-long reliability lint gpu clean
+.PHONY: demo test test-long reliability emulate lint gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m train.demo
@@ -32,6 +34,9 @@ test-long: $(INSTALLED)
 
 reliability: $(INSTALLED)
 	$(BIN)/python -m bench.reliability
+
+emulate: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulate
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from torch import Tensor
 from bench import baselines
 from bench.problem import Implementation, Prepared, Problem, own
 from infimm_kernels import backends, varlen_attention, window_attention
-from infimm_kernels.attention import op as attention_op
+from infimm_kernels.attention import choice
 from infimm_kernels.testing import packed_lengths
 
 
@@ -103,7 +103,7 @@ class WindowAttention(Attention):
     """window_attention on `num_windows` of `seqlen` tokens, or on windows of `lengths`."""
 
     op = "window_attention"
-    candidates = attention_op.WINDOW_CANDIDATES
+    candidates = choice.WINDOW_CANDIDATES
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class VarlenAttention(Attention):
     """varlen_attention of segments of `lengths_q` queries over `lengths_k` keys."""
 
     op = "varlen_attention"
-    candidates = attention_op.VARLEN_CANDIDATES
+    candidates = choice.VARLEN_CANDIDATES
 
     def __init__(
         self,

@@ -2,8 +2,10 @@
 
 Writes bench/results/<gpu>-<date>.json (and --output) after every step and entry, so that a cut run leaves
 what it had. The extension is built in place, without network; the GPU tests and the static ledger run beside
-each other; then come the whole encoder (bench.encoder) and the cases of bench.plan, these in a process of
-their own that is started again when a kernel takes it down. Nothing stops the run: what fails is recorded.
+each other. On Hopper compute-sanitizer looks at csrc's attention (bench.hopper) and the rate of its matrix
+instructions is taken (bench.wgmma_rate). Then come the whole encoder (bench.encoder) and the cases of
+bench.plan, these in a process of their own that is started again when a kernel takes it down. Nothing stops
+the run: what fails is recorded.
 BUDGET_S (540) bounds the seconds, and GIT_COMMIT names the commit where the files are a copy without history.
 """
 
@@ -25,14 +27,16 @@ from bench.supervise import supervise
 from bench.worker import cases_of
 
 DEFAULT_BUDGET_S = 540.0
-BUILD_SHARE, CHECK_SHARE, ENCODER_SHARE = 0.2, 0.35, 0.25  # of the budget, at most
+BUILD_SHARE, CHECK_SHARE, SANITIZER_SHARE, ENCODER_SHARE = 0.2, 0.35, 0.08, 0.2  # of the budget, at most
 GPU_TESTS = [
     "-m",
     "gpu",
     "--continue-on-collection-errors",
     "tests/kernels",
     "tests/package/test_cuda_gpu.py",
+    "tests/package/test_window_attention_gpu.py",
 ]
+HOPPER = (9, 0)
 
 
 class Reporter:
@@ -78,10 +82,21 @@ def prepare(writer: results.Writer, device: torch.device, budget_s: float) -> No
     print(
         "ledger:", writer.document["ledger"]["status"], writer.document["ledger"]["reason"] or "", flush=True
     )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER:
+        check_hopper(writer, SANITIZER_SHARE * budget_s)
     if device.type == "cuda":  # alone: it is timed
         encoder = steps.run_encoder(ENCODER_SHARE * budget_s, "--device", "cuda", "--repeats", "3")
         writer.put("encoder", encoder)
         print("encoder:", encoder["status"], encoder["reason"] or f"smallest ratio {encoder['min_ratio']}")
+
+
+def check_hopper(writer: results.Writer, limit_s: float) -> None:
+    """What only csrc's wgmma kernels need: the sanitizer's tools, and the rate of their instruction."""
+    sanitizer = {tool: steps.run_sanitizer(tool, limit_s) for tool in ("memcheck", "racecheck")}
+    writer.put("sanitizer", sanitizer)
+    writer.put("wgmma_rate", steps.run_wgmma_rate(limit_s))
+    for name, found in {**sanitizer, "wgmma_rate": writer.document["wgmma_rate"]}.items():
+        print(f"{name}:", found["status"], found["reason"] or found.get("rows", ""), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

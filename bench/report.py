@@ -329,13 +329,17 @@ def _ledger_table(path: Path) -> list[str]:
         for row in shown
         if "rival" in row
     }
-    own = [row for row in shown if "rival" not in row and row["default"] and row["mma"] != "none"]
+    ours = [row for row in shown if "rival" not in row and row["mma"] != "none"]
+    own = [row for row in ours if row["default"]]
+    in_cuda = [row for row in ours if row["backend"] == "cuda"]
     rows = [["pass", "arch", "ours", *rivals, "registers", "spills in loop", "shared memory"]]
-    for row in sorted(own, key=lambda row: (row["pass"] == "bwd", row["arch"], row["kernel"])):
+    for row in sorted([*own, *in_cuda], key=lambda row: (row["pass"] == "bwd", row["arch"], row["kernel"])):
+        arch = row["arch"] + (" (CUDA C++)" if row in in_cuda else "")
         at = [share.get((rival, row["arch"], row["pass"]), "-") for rival in rivals]
         resources = [str(row[key]) for key in ("registers", "spills_in_loop", "shared_memory")]
-        rows.append([row["pass"], row["arch"], f"{row['useful_over_issued']:.3f}", *at, *resources])
+        rows.append([row["pass"], arch, f"{row['useful_over_issued']:.3f}", *at, *resources])
     compilers = sorted({f"Triton {row['triton']} and ptxas {row['ptxas']}" for row in own})
+    compilers += sorted({f"nvcc's ptxas {row['ptxas']}" for row in in_cuda})
     return [
         "Useful share of the matrix work that a kernel issues for a window of 1025 tokens and head_dim 112,",
         f"ours as compiled by {', '.join(compilers)}, the others' from their tile sizes",

@@ -1,7 +1,8 @@
-"""What `python -m bench.gpu` does before it measures ops: build, test, the ledger, the whole encoder."""
+"""What `python -m bench.gpu` does before it measures ops: build, test, sanitize, time the encoder."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,21 @@ def run_encoder(limit_s: float, *options: str) -> dict[str, Any]:
     ]
     done, report = _run_json(command, limit_s)  # a row that began in time may end within the rest
     return {**done, **{key: (report or {}).get(key) for key in ("rows", "missing", "min_ratio")}}
+
+
+def run_sanitizer(tool: str, limit_s: float) -> dict[str, Any]:
+    """bench.hopper under compute-sanitizer's memcheck or racecheck; "missing" where that is not installed."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return {"status": "missing", "reason": "no compute-sanitizer on PATH", "seconds": 0.0}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.hopper"]
+    return _run(command, dict(os.environ), limit_s)
+
+
+def run_wgmma_rate(limit_s: float) -> dict[str, Any]:
+    """bench.wgmma_rate: its rows, or why there are none."""
+    done, rows = _run_json([sys.executable, "-m", "bench.wgmma_rate"], limit_s)
+    return {**done, "rows": rows or []}
 
 
 def _run_json(command: list[str], limit_s: float) -> tuple[dict[str, Any], Any]:

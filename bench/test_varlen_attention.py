@@ -7,7 +7,7 @@ import pytest
 
 from bench import suite
 from bench.harness import Case
-from infimm_kernels.attention.op import VARLEN_CANDIDATES
+from infimm_kernels.attention.choice import VARLEN_CANDIDATES
 
 HEADS = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}
 TOKENS = 10250 if suite.ON_GPU else 1025

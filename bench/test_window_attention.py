@@ -8,7 +8,7 @@ import pytest
 
 from bench import suite
 from bench.harness import Case
-from infimm_kernels.attention.op import WINDOW_CANDIDATES
+from infimm_kernels.attention.choice import WINDOW_CANDIDATES
 
 EVA_E = {"num_heads": 16, "head_dim": 112, "num_prefix_tokens": 1}
 SHAPES = {

@@ -1,9 +1,6 @@
 // Registers the launch functions as the Python module infimm_kernels._C. Tensors arrive as plain integers, so
 // the module depends on no torch version; infimm_kernels/*/cuda.py are its only callers.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-#include <string>
+#include "bindings.h"
 
 #include "add_position_2d.h"
 #include "common/device_guard.h"
@@ -16,36 +13,12 @@ namespace {
 using infimm::AddPosition2dParams;
 using infimm::DecodeAttentionParams;
 using infimm::DType;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
-
-DType dtype_from_code(int code) {
-  require(code >= 0 && code <= static_cast<int>(DType::kBFloat16),
-          "dtype must be a code of DTYPES, got " + std::to_string(code));
-  return static_cast<DType>(code);
-}
-
-void require_pointer(uintptr_t address, const char* name) {
-  require(address != 0, std::string(name) + " must be a device address, got 0");
-}
-
-void require_at_least(int64_t value, int64_t low, const char* name) {
-  require(value >= low,
-          std::string(name) + " must be at least " + std::to_string(low) + ", got " + std::to_string(value));
-}
-
-void require_within(int64_t value, int64_t low, int64_t high, const char* name) {
-  require(value >= low && value <= high, std::string(name) + " must be from " + std::to_string(low) + " to " +
-                                             std::to_string(high) + ", got " + std::to_string(value));
-}
-
-void throw_on_error(cudaError_t error, const std::string& op, const std::string& arguments) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(op + ": CUDA error " + std::to_string(error) + " (" + cudaGetErrorString(error) +
-                           ")" + arguments);
-}
+using infimm::dtype_from_code;
+using infimm::require;
+using infimm::require_at_least;
+using infimm::require_pointer;
+using infimm::require_within;
+using infimm::throw_on_error;
 
 void add_position_2d(uintptr_t x, uintptr_t out, uintptr_t positions, int dtype, bool positions_are_int64,
                      int64_t num_windows, int64_t seqlen, int64_t hidden, int64_t x_stride_window,
@@ -242,6 +215,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("key_ranges_stride_sample"), py::arg("key_ranges_stride_bound"),
              py::arg("softmax_scale"), py::arg("device"), py::arg("stream"),
              "Asynchronous on `stream`, one cooperative launch. As add_position_2d; `workspace` holds "
-             "workspace_floats "
-             "floats of any content, as many as decode_workspace_floats in csrc asks for.");
+             "workspace_floats floats of any content, as many as decode_workspace_floats in csrc asks for.");
+#ifdef INFIMM_SM90A
+  infimm::bind_window_attention(module);
+#endif
 }

@@ -10,6 +10,7 @@ import torch
 
 import infimm_kernels
 from infimm_kernels import backends, extension
+from infimm_kernels.attention.cuda import UNVERIFIED as ATTENTION_UNVERIFIED
 from infimm_kernels.gated_cross_attention.cuda import UNVERIFIED as DECODE_UNVERIFIED
 from infimm_kernels.position_2d.cuda import UNVERIFIED
 
@@ -45,6 +46,7 @@ def report() -> dict:
         "gpus": gpus(),
         "backends": [row._asdict() for row in backends.availability()],
         "notes": [
+            f"varlen_attention and window_attention, cuda: {ATTENTION_UNVERIFIED}",
             f"add_position_2d, cuda: {UNVERIFIED}",
             f"gated_cross_attention_decode, cuda: {DECODE_UNVERIFIED}",
         ],

@@ -140,7 +140,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
 
 def availability() -> list[Availability]:
     """Every op, backend and direction, with the reason a bf16 call cannot run on this machine's GPU."""
-    from infimm_kernels.attention.op import VARLEN_CANDIDATES, WINDOW_CANDIDATES
+    from infimm_kernels.attention.choice import VARLEN_CANDIDATES, WINDOW_CANDIDATES
     from infimm_kernels.gated_cross_attention.decode import CANDIDATES as DECODE_CANDIDATES
     from infimm_kernels.gated_residual.op import CANDIDATES as GATED_CANDIDATES
     from infimm_kernels.position_2d.op import CANDIDATES as POSITION_CANDIDATES
@@ -176,21 +176,29 @@ def availability() -> list[Availability]:
             else:
                 reason = candidate.why_not(*arguments)
             for direction in directions:
-                named = "" if candidate.default or direction == "backward" else "runs only when it is named"
-                rows.append(
-                    Availability(op_name, candidate.name, direction, reason, named or notes[direction])
-                )
+                note = notes[direction]
+                if direction == "forward" and not candidate.default:
+                    note = "runs only when it is named"
+                elif candidate.name == "cuda" and note == ATTENTION_BACKWARD:
+                    note = "Triton's backward"
+                rows.append(Availability(op_name, candidate.name, direction, reason, note))
     rows += _composed("gated_cross_attention", ("varlen_attention", "gated_residual_projection"), rows)
     rows += _composed("gated_feed_forward", ("gated_residual_projection",), rows)
     return rows
 
 
 def _composed(op_name: str, parts: tuple[str, ...], rows: list[Availability]) -> list[Availability]:
-    """Rows of an op that is made of others: it runs where all of them do, for the first one's reason else."""
+    """Rows of an op that is made of others: it runs where all of them do, for the first one's reason else.
+
+    A part without a backend of this name runs on the one it chooses itself.
+    """
     first, *others = ({(r.backend, r.direction): r for r in rows if r.op == part} for part in parts)
     composed = []
     for key, row in first.items():
-        reasons = [r.reason for r in (row, *(other[key] for other in others)) if r.reason is not None]
-        note = f"made of {' and '.join(parts)}"
+        parts_here = (row, *(other[key] for other in others if key in other))
+        reasons = [r.reason for r in parts_here if r.reason is not None]
+        note = f"made of {' and '.join(parts)}" + (
+            f"; {row.note}" if row.backend == "cuda" and row.note else ""
+        )
         composed.append(Availability(op_name, *key, reasons[0] if reasons else None, note))
     return composed

@@ -12,6 +12,9 @@ INFORMATION = ("sm_100",)  # compiled and shown, held to nothing
 # Of the default attention at 1025 tokens, one of them a prefix, and head_dim 112.
 GATES = {("fwd", "sm_80"): 0.97, ("fwd", "sm_90"): 0.87, ("bwd", "sm_80"): 0.95, ("bwd", "sm_90"): 0.87}
 GATED_SHAPE = (112, 1025)
+# Of csrc's attention for Hopper: it exists for its exact shapes and for one wait behind each of four products
+# (scores and values, of the first and last key tile and in the loop between).
+CUDA_ATTENTION_GATE, CUDA_ATTENTION_WAITS = 0.98, 4
 RATIO_TOLERANCE = 5e-4  # a stored ratio has four digits
 LOOP_GROWTH = 1.05
 SERIALISED = "ptxas makes wgmma instructions wait for each other"
@@ -46,6 +49,8 @@ def beyond_limits(rows: Sequence[Row]) -> list[str]:
             findings.append(f"{label(row)}: bytes_ratio is {ratio}, must be at least {BYTES_GATE}")
         if (kernel := KERNELS.get(row["kernel"])) is not None:
             findings += _beyond_gates(row, kernel)
+        if row["gated"] and row["backend"] == "cuda":
+            findings += _beyond_cuda_attention(row)
     for (direction, arch), gate in GATES.items():
         gated = [
             row
@@ -80,6 +85,27 @@ def _beyond_gates(row: Row, kernel: Kernel) -> list[str]:
     if "instructions_per_element" in row and row["instructions_per_element"] > row["instruction_budget"]:
         count, budget = row["instructions_per_element"], row["instruction_budget"]
         findings.append(f"{label(row)}: instructions_per_element is {count}, must be at most {budget}")
+    return findings
+
+
+def _beyond_cuda_attention(row: Row) -> list[str]:
+    """What a wgmma kernel of csrc must hold though it is no default: nothing else would notice."""
+    findings = []
+    if row["useful_over_issued"] < CUDA_ATTENTION_GATE:
+        ratio = row["useful_over_issued"]
+        findings.append(
+            f"{label(row)}: useful_over_issued is {ratio}, must be at least {CUDA_ATTENTION_GATE}"
+        )
+    if row["spills"]:
+        findings.append(f"{label(row)}: spills is {row['spills']}, must be 0")
+    if row["wgmma_waits"] > CUDA_ATTENTION_WAITS:
+        waits = row["wgmma_waits"]
+        findings.append(f"{label(row)}: wgmma_waits is {waits}, must be at most {CUDA_ATTENTION_WAITS}")
+    if row["wgmma_serialised"] != "no":
+        findings.append(f"{label(row)}: {SERIALISED} ({row['wgmma_serialised']})")
+    for shape in ("HGMMA.64x128x16", f"HGMMA.64x{row['head_dim']}x16"):
+        if shape not in _shapes(row):
+            findings.append(f"{label(row)}: must have the matrix instruction {shape}, has {row['mma']}")
     return findings
 
 

@@ -105,7 +105,9 @@ def measure(config: "AotConfig", arch: int) -> Figures:
     )
 
 
-def measure_cuda(kernel: aot.CudaKernel, num_threads: int, arch: int, ptxas: str) -> Figures:
+def measure_cuda(
+    kernel: aot.CudaKernel, num_threads: int, dynamic_shared: int, arch: int, ptxas: str
+) -> Figures:
     spilled, serialised = any(kernel.log.spill_bytes.values()), kernel.log.serialised
-    shared_bytes, tools = kernel.listing.usage.shared_bytes, ("not used", ptxas)
+    shared_bytes, tools = kernel.listing.usage.shared_bytes + dynamic_shared, ("not used", ptxas)
     return figures(kernel.listing, shared_bytes, "", spilled, serialised, num_threads // 32, arch, tools)

@@ -11,8 +11,16 @@ SHARDS = 8  # of every module: small enough to keep all processes busy
 ARCHS = {(8, 0): 80, (9, 0): 90, (10, 0): 100}
 INFORMATION = (100,)
 CUDA_ARCHS = {80: "80", 90: "90a"}
-CUDA_SOURCES = ("csrc/add_position_2d.cu", "csrc/decode_attention.cu")
-CUDA_THREADS = {"add_position_2d_kernel": 256, "decode_attention_kernel": 256}
+CUDA_SOURCES = {  # and the architectures that each has code for
+    "csrc/add_position_2d.cu": (80, 90),
+    "csrc/decode_attention.cu": (80, 90),
+    "csrc/window_attention.cu": (90,),
+}
+CUDA_THREADS = {
+    "add_position_2d_kernel": 256,
+    "decode_attention_kernel": 256,
+    "window_attention_kernel": 384,
+}
 
 
 class Measured(NamedTuple):
@@ -97,25 +105,33 @@ def measure_cuda_sources(arch: int) -> list[Measured]:
     """The bf16 kernels of csrc, as setup.py's flags make them; needs nvcc."""
     nvcc = aot.find_nvcc()
     ptxas = aot.release(nvcc)
-    kernels = [
-        kernel for s in CUDA_SOURCES for kernel in aot.compile_cuda(aot.ROOT / s, CUDA_ARCHS[arch], nvcc)
-    ]
+    sources = [source for source, archs in CUDA_SOURCES.items() if arch in archs]
     return [
-        Measured(
-            kernel=kernel.name,
-            backend="cuda",
-            config=f"{kernel.name.removesuffix('_kernel')} bf16 template={kernel.template}",
-            direction="fwd",
-            default=False,
-            head_dim=0,
-            tile={},
-            num_warps=CUDA_THREADS[kernel.name] // 32,
-            num_stages=1,
-            arch=arch,
-            figures=measure_cuda(kernel, CUDA_THREADS[kernel.name], arch, ptxas),
-        )
-        for kernel in kernels
+        _measured_cuda(kernel, arch, ptxas)
+        for source in sources
+        for kernel in aot.compile_cuda(aot.ROOT / source, CUDA_ARCHS[arch], nvcc)
     ]
+
+
+def _measured_cuda(kernel: aot.CudaKernel, arch: int, ptxas: str) -> Measured:
+    threads, tile, head_dim, dynamic = CUDA_THREADS[kernel.name], {}, 0, 0
+    if kernel.name in work.ATTENTION:
+        (head_dim,) = kernel.template
+        tile = work.window_tile(head_dim)
+        dynamic = work.window_shared_bytes(head_dim, tile["NUM_PREFIX"] > 0)
+    return Measured(
+        kernel=kernel.name,
+        backend="cuda",
+        config=f"{kernel.name.removesuffix('_kernel')} bf16 template={kernel.template}",
+        direction="fwd",
+        default=False,
+        head_dim=head_dim,
+        tile=tile,
+        num_warps=threads // 32,
+        num_stages=tile.get("STAGES", 1),
+        arch=arch,
+        figures=measure_cuda(kernel, threads, dynamic, arch, ptxas),
+    )
 
 
 def ledger_of(measured: Sequence[Measured], remarks: Sequence[str] = ()) -> Ledger:
@@ -165,7 +181,7 @@ def _attention_ratio(
         issued = work.issued_macs(
             work.ATTENTION[part.kernel](serving[0].tile, problem),
             serving[0].figures.regions,
-            serving[0].num_warps,
+            serving[0].tile.get("MATRIX_WARPS", serving[0].num_warps),
         )
         total += issued.macs
         sources.add(issued.source)

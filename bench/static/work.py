@@ -77,6 +77,44 @@ def _attention_forward(tile: Mapping, problem: Problem) -> Work | None:
     return Work(tuple(regions), scalar)
 
 
+def window_tile(head_dim: int) -> dict[str, int]:
+    """The sizes of csrc/window_attention for what it is compared at: ViT-E's windows have a prefix token."""
+    return {
+        "HEAD_DIM": head_dim,
+        "NUM_PREFIX": 1 if head_dim == 112 else 0,
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "STAGES": 2,
+        "MATRIX_WARPS": 8,
+    }
+
+
+def window_shared_bytes(head_dim: int, prefix: bool) -> int:
+    """As WindowShared in csrc/window_attention_shared.cuh; a test compares the two."""
+    width = _up(head_dim, 64)
+    tiles = 5 * 128 * width * 2  # queries, two stages of keys, two of values
+    work, barriers = 2 * 32, 8 * 2 * (2 + 1 + 2 + 2)
+    states = 3 * 8 * (2 * width + 4) * 4
+    return 1024 + _up(tiles + work + barriers, 128) + (states if prefix else 0)
+
+
+def _window_attention(tile: Mapping, problem: Problem) -> Work | None:
+    """The kernel of csrc: scores of the first key tile, a loop over the others, values of the last."""
+    if tile["NUM_PREFIX"] != problem.num_prefix_tokens:
+        return None
+    block_m, block_n, width = tile["BLOCK_M"], tile["BLOCK_N"], tile["HEAD_DIM"]
+    rest = problem.seqlen - problem.num_prefix_tokens
+    programs, key_tiles = ceil(rest / block_m), ceil(rest / block_n)
+    product = block_m * block_n * width
+    # The prefix keys meet every row, the prefix queries every key.
+    scalar = 2 * width * problem.num_prefix_tokens * (programs * block_m + problem.seqlen)
+    # The loop over the tiles of a block stands around all of it.
+    return Work(
+        (Region(2 * product, programs, depth=1), Region(2 * product, programs * (key_tiles - 1), depth=2)),
+        scalar,
+    )
+
+
 def _backward_prepare(tile: Mapping, problem: Problem) -> Work | None:
     """Five products of every query with every prefix key; delta is no product of the pass."""
     if not _serves(tile, problem):
@@ -139,6 +177,7 @@ def _up(x: int, block: int) -> int:
 # By the name of the kernel, from its constexprs; attention's kernels alone have a problem.
 ATTENTION: dict[str, Callable[[Mapping, Problem], Work | None]] = {
     "attention_forward_kernel": _attention_forward,
+    "window_attention_kernel": _window_attention,
     "attention_backward_prepare_kernel": _backward_prepare,
     "attention_backward_kernel": _backward_main,
     "attention_backward_dq_kernel": _backward_dq,
@@ -160,6 +199,7 @@ class Part(NamedTuple):
 PREPARE = Part("attention_backward_prepare_kernel")
 PASSES: tuple[tuple[Part, ...], ...] = (
     (Part("attention_forward_kernel"),),
+    (Part("window_attention_kernel"),),
     (
         PREPARE,
         Part("attention_backward_kernel", {"WITH_DQ": True}),

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from infimm_kernels import autodiff, backends, checks
 from infimm_kernels.attention import reference
+from infimm_kernels.attention.choice import VARLEN_CANDIDATES, WINDOW_CANDIDATES, backward_backend
 from infimm_kernels.attention.plan import VARLEN_NAMES, WINDOW_NAMES, check_values, plan, uniform_plan
-
-MIN_TRITON_HEAD_DIM, MAX_TRITON_HEAD_DIM = 16, 256
 
 
 def varlen_attention(
@@ -50,7 +49,9 @@ def varlen_attention(
         softmax_scale: head_dim**-0.5 when None.
         return_lse: also return the logsumexp, float32 (float64 for float64) [num_heads, total_q]. It is
             differentiable.
-        backend: "reference" or "triton"; None chooses. See `infimm_kernels.backends`.
+        backend: "reference", "triton" or "cuda" (opt-in: compute capability 9.0, float16 and bfloat16,
+            head_dim 64, 112 and 128, a positive softmax_scale; its backward is Triton's); None chooses. See
+            `infimm_kernels.backends`.
 
     Returns:
         out [total_q, num_heads, head_dim] in the dtype of q, or (out, lse).
@@ -174,48 +175,34 @@ _library.define(
 # --- kernel choice ------------------------------------------------------------------------------------------
 
 
-def why_not_triton(*tensors: Tensor) -> str | None:
-    """Why Triton cannot run attention on these q, k, v (or this qkv); None when it can."""
-    head_dim = tensors[0].shape[-1]
-    if not MIN_TRITON_HEAD_DIM <= head_dim <= MAX_TRITON_HEAD_DIM:
-        return f"head_dim must be from {MIN_TRITON_HEAD_DIM} to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
-    return backends.why_not_triton(*tensors)
-
-
-VARLEN_CANDIDATES = (backends.Candidate("triton", why_not_triton),)
-WINDOW_CANDIDATES = (backends.Candidate("triton", why_not_triton),)
-
-
-def backward_backend(op_name: str, candidates, backend: str | None, *tensors: Tensor) -> str:
-    """The backend of the backward: that of the forward, but for float32.
-
-    From a saved lse, rounded at its own size, float32 probabilities would miss the error rule.
-    """
-    selected = backends.select(op_name, candidates, backend, *tensors)
-    return "reference" if tensors[0].dtype == torch.float32 else selected
+def _launcher(backend: str):
+    """The forward of "triton" or "cuda", imported on first use."""
+    if backend == "cuda":
+        from infimm_kernels.attention import cuda as launcher
+    else:
+        from infimm_kernels.attention import triton_launch as launcher
+    return launcher.forward
 
 
 @autodiff.without_autocast
 def _varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, num_prefix_tokens, backend):
-    if backends.select("varlen_attention", VARLEN_CANDIDATES, backend, q, k, v) == "triton":
-        from infimm_kernels.attention import triton_launch
-
+    selected = backends.select("varlen_attention", VARLEN_CANDIDATES, backend, q, k, v)
+    if selected != "reference":
         _check_readable(cu_seqlens_q, cu_seqlens_k, q, k)
-        return triton_launch.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, 0, softmax_scale, num_prefix_tokens)
+        forward = _launcher(selected)
+        return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, 0, softmax_scale, num_prefix_tokens)
     return reference.forward(q, k, v, softmax_scale, plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]))
 
 
 @autodiff.without_autocast
 def _window_kernel(qkv, cu_seqlens, softmax_scale, num_prefix_tokens, backend):
     q, k, v = _packed(qkv)
-    if backends.select("window_attention", WINDOW_CANDIDATES, backend, qkv) == "triton":
-        from infimm_kernels.attention import triton_launch
-
+    selected = backends.select("window_attention", WINDOW_CANDIDATES, backend, qkv)
+    if selected != "reference":
         if cu_seqlens is not None:
             _check_readable(cu_seqlens, cu_seqlens, q, k, WINDOW_NAMES)
-        out, lse = triton_launch.forward(
-            q, k, v, cu_seqlens, cu_seqlens, _seqlen(qkv), softmax_scale, num_prefix_tokens
-        )
+        forward = _launcher(selected)
+        out, lse = forward(q, k, v, cu_seqlens, cu_seqlens, _seqlen(qkv), softmax_scale, num_prefix_tokens)
     else:
         out, lse = reference.forward(q, k, v, softmax_scale, _window_plan(qkv, cu_seqlens))
     return out.view(*qkv.shape[:-3], *qkv.shape[-2:]), lse

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infimm_kernels import autodiff, backends, checks
 from infimm_kernels.attention import overlapping_reference as reference
-from infimm_kernels.attention.op import VARLEN_CANDIDATES, backward_backend
+from infimm_kernels.attention.choice import OVERLAPPING_CANDIDATES, backward_backend
 
 
 def overlapping_attention(
@@ -63,7 +63,7 @@ _library.define(
 
 @autodiff.without_autocast
 def _kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, key_ranges, query_ranges, softmax_scale, backend):
-    if backends.select("overlapping_attention", VARLEN_CANDIDATES, backend, q, k, v) == "triton":
+    if backends.select("overlapping_attention", OVERLAPPING_CANDIDATES, backend, q, k, v) == "triton":
         from infimm_kernels.attention import triton_launch
 
         return triton_launch.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, 0, softmax_scale, 0, key_ranges)
@@ -86,7 +86,7 @@ def _backward_kernel(
     softmax_scale,
     backend,
 ):
-    if backward_backend("overlapping_attention", VARLEN_CANDIDATES, backend, q, k, v) != "triton":
+    if backward_backend("overlapping_attention", OVERLAPPING_CANDIDATES, backend, q, k, v) != "triton":
         return reference.backward(dout, dlse, q, k, v, cu_seqlens_q, key_ranges, softmax_scale)
     from infimm_kernels.attention import triton_launch
 

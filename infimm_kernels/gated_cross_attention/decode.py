@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infimm_kernels import autodiff, backends, checks
-from infimm_kernels.attention import op as attention
+from infimm_kernels.attention import choice
 from infimm_kernels.gated_cross_attention import decode_reference
 
 MAX_TEXT_LEN = 8
@@ -79,7 +79,7 @@ def why_not_triton(
     key_ranges: Tensor,
 ) -> str | None:
     """Why Triton cannot run this call; None when it can."""
-    return attention.why_not_triton(query, key, value, out_weight, x, attn_gate)
+    return choice.why_not_triton(query, key, value, out_weight, x, attn_gate)
 
 
 def why_not_cuda(x: Tensor, *tensors: Tensor) -> str | None:

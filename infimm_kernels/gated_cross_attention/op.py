@@ -40,7 +40,7 @@ def gated_cross_attention(
         attn_gate: [hidden], before the tanh; dtype of x or of out_weight.
         segments: from `media_segments` or `decode_segments`, on the device of x.
         softmax_scale: head_dim**-0.5 when None.
-        backend: for each of the ops; see `infimm_kernels.backends`.
+        backend: for each of the ops, "cuda" for the attention alone; see `infimm_kernels.backends`.
 
     Returns:
         a new tensor of the shape and dtype of x.
@@ -114,8 +114,9 @@ def gated_cross_attention(
     out = out.reshape(
         *x.shape[:2], query.shape[2] * query.shape[3]
     )  # [batch, text_len, num_heads * head_dim]
+    projection = None if backend == "cuda" else backend  # which has no such backend
     return gated_residual_projection(
-        x, out, out_weight, attn_gate, row_mask=segments.text_mask, backend=backend
+        x, out, out_weight, attn_gate, row_mask=segments.text_mask, backend=projection
     )
 
 

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import plan, steps
+from bench import gpu, hopper, plan, results, steps, wgmma_rate
 from bench.harness import PROBLEMS
 from bench.problem import OURS
 from bench.report import by_case
+from bench.static import compile
 
 ROOT = Path(__file__).parent.parent.parent
 GATED_BLOCK = (
@@ -175,6 +177,66 @@ def test_the_tests_of_a_run_are_counted_even_when_one_takes_pytest_down(tmp_path
     path.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     found = steps.run_tests([str(path)], 6.0)
     assert (found["status"], found["passed"], found["failed"]) == ("budget", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "reason"),
+    [
+        (None, "missing", "no compute-sanitizer on PATH"),
+        ("exit 0", "ok", None),
+        ("echo Invalid __shared__ read; exit 9", "failed", "exit code 9: Invalid __shared__ read"),
+    ],
+)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_is_run_and_read(monkeypatch, tmp_path, tool, script, status, reason):
+    if script is not None:
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n{script}\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = steps.run_sanitizer(tool, 20)
+    assert (found["status"], found["reason"]) == (status, reason)
+    if script is not None:
+        said = (tmp_path / "arguments").read_text()
+        assert f"--tool {tool} --error-exitcode 9 " in said and said.endswith("-m bench.hopper\n")
+
+
+def test_hopper_checks_are_recorded(monkeypatch, tmp_path, capsys):
+    ok = {"status": "ok", "reason": None, "seconds": 1.0}
+    monkeypatch.setattr(steps, "run_sanitizer", lambda tool, limit: ok | {"tool": tool})
+    monkeypatch.setattr(steps, "run_wgmma_rate", lambda limit: ok | {"rows": [{"n": 112}]})
+    writer = results.Writer([tmp_path / "out.json"], {})
+    gpu.check_hopper(writer, 10)
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert {tool: each["tool"] for tool, each in document["sanitizer"].items()} == {
+        "memcheck": "memcheck",
+        "racecheck": "racecheck",
+    }
+    assert document["wgmma_rate"]["rows"] == [{"n": 112}]
+    assert capsys.readouterr().out.count("ok") == 3
+
+
+def test_the_rate_of_wgmma_compiles(tmp_path):
+    if compile.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    sass = subprocess.run(
+        [compile_cuobjdump(), "-sass", wgmma_rate.build(tmp_path, compile.find_nvcc())],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert {n for n in (64, 112, 128) if f"HGMMA.64x{n}x16" in sass} == {64, 112, 128}
+
+
+def compile_cuobjdump():
+    triton = pytest.importorskip("triton")
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def test_without_a_gpu_the_hopper_check_says_so(capsys):
+    if not torch.cuda.is_available():
+        assert hopper.main() == 2
+        assert capsys.readouterr().err == "no CUDA device is visible\n"
 
 
 def test_a_failed_build_says_why():

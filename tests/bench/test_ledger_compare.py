@@ -138,6 +138,36 @@ def test_gates_of_the_other_kernels(row, change, sentence):
     assert compare.beyond_limits([*DEFAULTS, row | change | {"arch": "sm_100"}]) == []
 
 
+CUDA = ROW | {
+    "kernel": "window_attention_kernel",
+    "backend": "cuda",
+    "arch": "sm_90",
+    "default": False,
+    "config": "window_attention bf16 template=(112,)",
+    "num_warps": 12,
+    "registers": 168,
+    "wgmma_waits": 4,
+    "mma": "HGMMA.64x112x16 x16, HGMMA.64x128x16 x14",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"useful_over_issued": 0.97}, "useful_over_issued is 0.97, must be at least 0.98"),
+        ({"spills": 1}, "spills is 1, must be 0"),
+        ({"wgmma_waits": 30}, "wgmma_waits is 30, must be at most 4"),
+        ({"wgmma_serialised": "C7513"}, "wait for each other (C7513)"),
+        ({"mma": "HGMMA.64x128x16 x30"}, "must have the matrix instruction HGMMA.64x112x16, has"),
+        ({"mma": "HMMA.16816 x30, HGMMA.64x112x16 x16"}, "must have the matrix instruction HGMMA.64x128x16"),
+    ],
+)
+def test_gates_of_the_cuda_attention(change, sentence):
+    findings = compare.beyond_limits([*DEFAULTS, CUDA | change])
+    assert [sentence in finding for finding in findings] == ([] if sentence is None else [True]), findings
+
+
 def test_what_is_exempt_from_a_gate():
     """A float32 gradient enters as two bfloat16 numbers: the second product is no waste."""
     row = PRODUCT | {"kernel": "gated_residual_backward_weight_kernel", "useful_over_issued": 0.5}

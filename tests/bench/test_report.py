@@ -58,6 +58,15 @@ LEDGER_ROWS = [
         "useful_over_issued": 0.957,
     },
     {
+        "kernel": "window_attention_kernel",
+        "backend": "cuda",
+        "pass": "fwd",
+        "arch": "sm_90",
+        "default": False,
+        "useful_over_issued": 0.999,
+        "ptxas": "13.0",
+    },
+    {
         "rival": "FlashAttention-2",
         "pass": "fwd",
         "arch": "sm_80",
@@ -218,9 +227,10 @@ def test_readme_block_without_any_result_is_the_ledger(tmp_path, ledger):
     assert [row[:5] for row in rows] == [
         ["fwd", "sm_80", "0.981", "0.733", "-"],
         ["fwd", "sm_90", "0.877", "-", "0.756"],
+        ["fwd", "sm_90 (CUDA C++)", "0.999", "-", "0.756"],
         ["bwd", "sm_80", "0.957", "-", "-"],
     ]
-    assert "Triton 3.7.1 and ptxas 12.9" in block
+    assert "Triton 3.7.1 and ptxas 12.9, nvcc's ptxas 13.0" in block
     assert block.endswith("No speed was measured on any GPU: A100, H100 and H200 are unmeasured.\n")
 
 

@@ -1,13 +1,9 @@
 """The CUDA kernel of decode attention, run on the CPU, against the fp64 formula; and seeded bugs."""
 
 import contextlib
-import faulthandler
 import itertools
-import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import types
 
@@ -18,6 +14,7 @@ from infimm_kernels import extension
 from infimm_kernels.gated_cross_attention import cuda
 from infimm_kernels.testing import assert_within_twice_eager, max_error
 from tests.emulate import decode_attention as emulator
+from tests.emulate import seeded_bugs
 from tests.emulate.decode_attention_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
@@ -356,38 +353,15 @@ def test_nothing_is_caught_where_nothing_is_wrong(tmp_path):
 
 
 def build_mutant(folder, old, new):
-    csrc = folder / "csrc"
-    emulator.copy_for_bfloat16(csrc, [8])
-    hits = [path for path in csrc.rglob("*.*") if old in path.read_text()]
-    assert len(hits) == 1 and hits[0].read_text().count(old) == 1, f"the mutation must match once: {hits}"
-    hits[0].write_text(hits[0].read_text().replace(old, new))
-    return emulator.build(folder, csrc)
+    emulator.copy_for_bfloat16(folder / "csrc", [8])
+    return emulator.build(folder, seeded_bugs.copy_with_bug(folder, old, new))
 
 
-# Every fourth of them in the short run: each is compiled.
-# Each runs in a child process: a stray store may crash it.
+# In the short run some of them: each is compiled.
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        pytest.param(*edit, id=name, marks=() if i % 4 == 0 else pytest.mark.long)
-        for i, (name, *edit) in enumerate(MUTATIONS)
-    ],
+    ("old", "new"), [edit for _, *edit in MUTATIONS], ids=[name for name, *_ in MUTATIONS]
 )
 def test_seeded_bug_is_caught(tmp_path, old, new):
     mutant = build_mutant(tmp_path, old, new)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        faulthandler.disable()  # pytest's report of a crash
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        torch.set_num_threads(1)  # the threads of the parent are not here
-        caught = False
-        try:
-            check_everything(mutant)
-        except (AssertionError, RuntimeError):
-            caught = True
-        finally:
-            os._exit(1 if caught else 0)
-    status = os.waitpid(child, 0)[1]
-    assert status != 0, "not caught"
-    assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGALRM, "it ran for too long"
+    assert seeded_bugs.is_caught(lambda: check_everything(mutant))

@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from infimm_kernels import add_position_2d, availability, backends, varlen_attention, window_attention
-from infimm_kernels.attention import op as attention_op
+from infimm_kernels import add_position_2d, availability, backends, window_attention
+from infimm_kernels.attention import choice
 from infimm_kernels.backends import Candidate, select
 
 CPU = torch.zeros(1)
@@ -89,7 +89,7 @@ def test_environment_variable_reaches_the_ops(monkeypatch):
 )
 def test_why_not_triton(interpreter, shape, dtype, reason):
     qkv = torch.zeros(shape, dtype=dtype)
-    assert attention_op.why_not_triton(qkv) == reason
+    assert choice.why_not_triton(qkv) == reason
     with pytest.raises(ValueError, match=reason):
         window_attention(qkv, backend="triton")
     assert window_attention(qkv, backend="reference").shape == (*shape[:2], *shape[3:])
@@ -100,12 +100,6 @@ def test_triton_needs_its_interpreter_on_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="CPU tensors need Triton's interpreter"):
         window_attention(torch.zeros(1, 2, 3, 1, 16), backend="triton")
-
-
-def test_attention_has_no_cuda_backend():
-    q, cu_seqlens = torch.zeros(2, 1, 16), torch.tensor([0, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match="got 'cuda': varlen_attention has no such backend"):
-        varlen_attention(q, q, q, cu_seqlens, cu_seqlens, backend="cuda")
 
 
 def test_cuda_position_on_the_cpu_says_why():

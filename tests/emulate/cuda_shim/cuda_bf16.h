@@ -21,3 +21,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   bits += 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
   return {static_cast<std::uint16_t>(bits >> 16)};
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda_runtime_api.h"
+
 struct __half {
   std::uint16_t bits;
 };
@@ -30,3 +32,10 @@ inline __half __float2half_rn(float value) {
   // In units, bits of a half are linear: each exponent step adds 1024.
   return {static_cast<std::uint16_t>(sign | (units + 1024 * (unit + 24)))};
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }

@@ -17,6 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -26,6 +27,7 @@ enum cudaError_t {
   cudaErrorLaunchTimeout = 702,
   cudaErrorIllegalInstruction = 715,
   cudaErrorMisalignedAddress = 716,
+  cudaErrorSymbolNotFound = 500,
   cudaErrorCooperativeLaunchTooLarge = 720,
 };
 using cudaStream_t = void*;
@@ -56,6 +58,7 @@ struct Range {
 inline std::vector<Range> readable, writable;
 inline std::vector<Range> scratch;  // written and read by one launch: not through the read-only cache
 inline unsigned num_sms = 1, blocks_per_sm = 1;
+inline int shared_limit = 163 << 10;  // what a block of sm_80 can have
 inline cudaError_t error = cudaSuccess;
 inline unsigned grid_limit = ~0u;  // fewer blocks than asked for: a grid-stride kernel must not care
 
@@ -100,10 +103,19 @@ struct uint4 {
   }
 };
 
+struct float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -115,6 +127,16 @@ template <typename T>
 T __ldcg(const T* address) {
   return shim::may_load(address, shim::scratch) ? *address : T{};
 }
+inline void __syncwarp() {
+  shim::meet(shim::current->block->warps[shim::current->thread / shim::kWarp].rendezvous, shim::kWarp);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < shim::kWarp; ++lane)
+    votes |= static_cast<unsigned>(shim::from_lane(vote, lane)) << lane;
+  return votes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncthreads() { shim::meet(shim::current->block->rendezvous, shim::machine->threads); }
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -134,7 +156,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return bytes <= 163 << 10 ? cudaSuccess : cudaErrorInvalidValue;  // what a block of sm_80 can have
+  return bytes <= shim::shared_limit ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -172,6 +194,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return finished ? cudaSuccess : cudaErrorLaunchTimeout;
   }
   blockDim = block;
+  if (config->dynamicSmemBytes > 0) {  // threads that wait for each other, a block after the other
+    gridDim = asked;
+    for (unsigned b = 0; b < asked.x; ++b) {
+      const bool finished = shim::run_blocks(
+          1, block.x, config->dynamicSmemBytes, [&] { kernel(arguments...); },
+          [b](unsigned, unsigned t) {
+            blockIdx = dim3(b);
+            threadIdx = dim3(t);
+          });
+      if (!finished) return cudaErrorLaunchTimeout;
+    }
+    return std::exchange(shim::error, cudaSuccess);
+  }
   gridDim = dim3(asked.x < shim::grid_limit ? asked.x : shim::grid_limit);
   for (unsigned b = 0; b < gridDim.x; ++b) {
     for (unsigned y = 0; y < block.y; ++y) {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
@@ -78,6 +79,7 @@ struct Block {
   Rendezvous rendezvous;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> shared;  // exactly as large as asked for, so that the sanitizer sees an overrun
+  std::size_t shared_bytes;
 };
 
 struct Machine {
@@ -87,6 +89,7 @@ struct Machine {
   unsigned threads = 0;
   std::function<void()> kernel;
   std::uint64_t random = 1;
+  bool pausing = false;
 #ifdef SHIM_FAST_SWITCH
   void* top = nullptr;
 #else
@@ -96,6 +99,9 @@ struct Machine {
 inline Machine* machine = nullptr;
 inline Fiber* current = nullptr;
 inline std::uint64_t scheduler_seed = 0;
+// What goes on beside the threads, a copy engine say: does one thing, or returns false. It is called now and
+// then (`lazy`: it may wait) and when no thread can run.
+inline std::function<bool(bool lazy)> beside_threads = [](bool) { return false; };
 
 inline std::uint64_t next_random() {
   machine->random ^= machine->random << 13;
@@ -163,6 +169,12 @@ inline void wait(const Rendezvous& rendezvous, long round) {
   current->waits_for = nullptr;
 }
 
+// Lets another warp run first: what this one has just told others, they may act on before it goes on.
+inline void pause() {
+  machine->pausing = true;
+  leave_fiber();
+}
+
 inline void meet(Rendezvous& rendezvous, unsigned count) { wait(rendezvous, arrive(rendezvous, count)); }
 
 inline long arrive_at_grid_barrier() {
@@ -201,6 +213,7 @@ bool run_blocks(unsigned num_blocks, unsigned threads, std::size_t shared_bytes,
     block.index = b;
     block.warps.resize(threads / kWarp);
     block.shared.reset(new char[shared_bytes]);
+    block.shared_bytes = shared_bytes;
     std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN, and -1 as an integer
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = mine.fibers[b * threads + t];
@@ -212,6 +225,7 @@ bool run_blocks(unsigned num_blocks, unsigned threads, std::size_t shared_bytes,
   }
   for (std::size_t i = warps.size(); i > 1; --i) std::swap(warps[i - 1], warps[next_random() % i]);
   const bool fixed_priorities = scheduler_seed % 2 == 1;
+  unsigned paused = ~0u;  // the warp that lets the others go first, once
   // The lanes of a warp run until each waits for more than the other lanes.
   const auto run_warp = [&](unsigned first) {
     bool ran = false;
@@ -223,6 +237,10 @@ bool run_blocks(unsigned num_blocks, unsigned threads, std::size_t shared_bytes,
         set_indices(fiber.block->index, fiber.thread);
         enter_fiber(fiber);
         ran = again = true;
+        if (std::exchange(mine.pausing, false)) {
+          paused = first;
+          return true;
+        }
         if (!fixed_priorities && next_random() % 64 == 0) return true;
       }
     }
@@ -232,7 +250,14 @@ bool run_blocks(unsigned num_blocks, unsigned threads, std::size_t shared_bytes,
   while (ran) {
     ran = false;
     const std::size_t start = fixed_priorities ? 0 : next_random() % warps.size();
-    for (std::size_t i = 0; i < warps.size() && !ran; ++i) ran = run_warp(warps[(start + i) % warps.size()]);
+    beside_threads(true);
+    const unsigned last = std::exchange(paused, ~0u);
+    for (std::size_t i = 0; i < warps.size() && !ran; ++i) {
+      const unsigned first = warps[(start + i) % warps.size()];
+      if (first != last) ran = run_warp(first);
+    }
+    if (!ran && last != ~0u) ran = run_warp(last);
+    if (!ran) ran = beside_threads(false);
   }
   bool finished = true;
   for (const Fiber& fiber : mine.fibers) finished = finished && fiber.done;

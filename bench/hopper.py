@@ -1,0 +1,58 @@
+"""`python -m bench.hopper`: csrc's Hopper attention on small problems, against fp64; for compute-sanitizer.
+
+Every head_dim and dtype over lengths around a tile, with prefix tokens, key heads shared by groups and empty
+segments; the tensors end where their memory does. Exit code 1 and a line for each problem that is wrong.
+"""
+
+import itertools
+import sys
+
+import torch
+
+from infimm_kernels.attention import cuda, reference
+from infimm_kernels.attention.plan import plan
+from infimm_kernels.testing import max_error
+
+LENGTHS = ((130, 1, 0, 257), (64, 5, 128, 0))  # of queries and of keys
+FACTOR = 2.0
+
+
+def problems():
+    """(head_dim, dtype, num_heads, num_kv_heads, num_prefix_tokens)"""
+    yield from itertools.product(cuda.HEAD_DIMS, cuda.DTYPES, (2,), (1, 2), (0, 1, 5))
+
+
+def wrong(head_dim: int, dtype: torch.dtype, num_heads: int, num_kv_heads: int, prefix: int) -> str | None:
+    """What is wrong with the kernel's result, or None."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to("cuda", torch.int32) for x in LENGTHS)
+
+    def random(total: int, heads: int) -> torch.Tensor:
+        return torch.randn(total, heads, head_dim, device="cuda", generator=generator).to(dtype)
+
+    q, k, v = random(sum(LENGTHS[0]), num_heads), *(random(sum(LENGTHS[1]), num_kv_heads) for _ in "kv")
+    out, lse = cuda.launch(q, k, v, cu_q, cu_k, 0, head_dim**-0.5, prefix)
+    segments = plan(cu_q.cpu(), cu_k.cpu(), len(q), len(k))
+    exact, exact_lse = reference.forward(*(x.double() for x in (q, k, v)), head_dim**-0.5, segments)
+    eager, _ = reference.forward(q, k, v, head_dim**-0.5, segments)
+    error, allowed = max_error(out, exact), FACTOR * max_error(eager, exact)
+    if not error <= allowed:
+        return f"out errs by {error:.3g}, {allowed:.3g} is allowed"
+    if not torch.allclose(lse.double(), exact_lse, rtol=1e-5, atol=1e-5):
+        return "lse is wrong"
+    return None
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device is visible", file=sys.stderr)
+        return 2
+    found = {problem: wrong(*problem) for problem in problems()}
+    for problem, reason in found.items():
+        if reason is not None:
+            print(*problem, reason)
+    return int(any(found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
