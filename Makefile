@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CSRC := $(wildcard csrc/*.* csrc/common/* csrc/ptx/*)
-CPP := $(CSRC) $(wildcard bench/*.cu tests/emulate/*.cpp tests/emulate/cuda_shim/*.h tests/emulate/cuda_shim/ptx/*)
+CPP := $(CSRC) $(wildcard bench/*.cu tests/emulate/*.cpp tests/emulate/*.h tests/emulate/cuda_shim/*.h tests/emulate/cuda_shim/ptx/*)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
 .PHONY: demo test test-long reliability emulate lint gpu clean

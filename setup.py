@@ -25,7 +25,11 @@ from setuptools.errors import CompileError, OptionError
 
 SOURCES = ["csrc/bindings.cpp", "csrc/add_position_2d.cu", "csrc/decode_attention.cu"]
 # In instructions of sm_90a alone: compiled for that, and left out where it is not asked for.
-SM90A_SOURCES = ["csrc/window_attention_bindings.cpp", "csrc/window_attention.cu"]
+SM90A_SOURCES = [
+    "csrc/window_attention.cu",
+    "csrc/window_attention_backward.cu",
+    "csrc/window_attention_bindings.cpp",
+]
 DEFAULT_ARCHS = "80+PTX;90a"
 JOBS = 2
 

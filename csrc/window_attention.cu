@@ -74,14 +74,7 @@ cudaError_t launch_head_dim(const WindowAttentionLaunch& filled, cudaStream_t st
   }
 }
 
-bool is_aligned(const WindowAttentionParams& p) {
-  const auto addresses =
-      reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k) | reinterpret_cast<uintptr_t>(p.v);
-  const int64_t strides = p.q_stride_token | p.q_stride_head | p.k_stride_token | p.k_stride_head |
-                          p.v_stride_token | p.v_stride_head;
-  return addresses % 16 == 0 && strides % 8 == 0;
-}
-
+// Addresses and strides of what the copy engine reads are checked where its maps are made.
 bool is_supported(const WindowAttentionParams& p) {
   const bool ragged = p.cu_seqlens_q != nullptr;
   return p.dtype != DType::kFloat32 && (p.head_dim == 64 || p.head_dim == 112 || p.head_dim == 128) &&
@@ -91,8 +84,7 @@ bool is_supported(const WindowAttentionParams& p) {
          p.num_segments >= 0 && p.num_prefix_tokens >= 0 &&
          p.num_prefix_tokens <= kWindowAttentionMaxPrefix && ragged == (p.cu_seqlens_k != nullptr) &&
          (ragged ? p.seqlen == 0 : p.num_segments * p.seqlen == p.total_q && p.total_q == p.total_k) &&
-         (p.total_q / kQueryRows + p.num_segments) * p.num_heads <= INT32_MAX / 2 && p.softmax_scale > 0 &&
-         is_aligned(p);
+         (p.total_q / kQueryRows + p.num_segments) * p.num_heads <= INT32_MAX / 2 && p.softmax_scale > 0;
 }
 
 }  // namespace

@@ -69,13 +69,6 @@ __device__ __forceinline__ void multiply_rows(float (&values)[N], const float (&
   for (int i = 0; i < N; ++i) values[i] *= factor[i / 2 % 2];
 }
 
-// The layout of an accumulator is that of wgmma's A in registers, pair by pair.
-template <typename T, int N>
-__device__ __forceinline__ void pack(const float (&values)[N], uint32_t (&packed)[N / 2]) {
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) packed[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
-}
-
 template <typename T, int HEAD_DIM>
 struct WindowConsumer {
   using Shared = WindowShared<HEAD_DIM>;

@@ -5,6 +5,7 @@
 #include "common/hopper.cuh"
 #include "common/warp.cuh"
 #include "window_attention.h"
+#include "window_attention_segments.cuh"
 
 namespace infimm {
 
@@ -73,52 +74,16 @@ struct WorkRing {
   }
 };
 
-// Rows [begin, end) of a tensor of `total` rows. On a GPU nobody has checked the values of cu_seqlens.
-struct Segment {
-  int begin, end;
-  __device__ __forceinline__ Segment(const int32_t* cu_seqlens, int index, int seqlen, int64_t total) {
-    const int last = static_cast<int>(total);
-    const int first = cu_seqlens ? __ldg(cu_seqlens + index) : index * seqlen;
-    const int after = cu_seqlens ? __ldg(cu_seqlens + index + 1) : first + seqlen;
-    begin = first < 0 ? 0 : first > last ? last : first;
-    end = after < begin ? begin : after > last ? last : after;
-  }
-  __device__ __forceinline__ int prefix(int64_t num_prefix_tokens) const {
-    const int length = end - begin;
-    return length < num_prefix_tokens ? length : static_cast<int>(num_prefix_tokens);
-  }
-};
-
-// Slots of ragged segments: segment s starts at cu_seqlens_q[s] / kQueryRows + s, which leaves room for all
-// its tiles however it is placed, and needs no table.
-__device__ __forceinline__ int first_slot(const WindowAttentionParams& p, int segment) {
-  return __ldg(p.cu_seqlens_q + segment) / kQueryRows + segment;
-}
-
-// The last segment that starts at or before `slot`. By a whole warp: each round asks 32 segments.
-__device__ __forceinline__ int segment_of_slot(const WindowAttentionParams& p, int slot) {
-  const int lane = threadIdx.x % kWarpSize;
-  int low = 0, high = static_cast<int>(p.num_segments);  // the answer is in [low, high)
-  while (high - low > 1) {
-    const int step = (high - low + kWarpSize - 1) / kWarpSize;
-    const int probe = low + lane * step;
-    const bool starts_before = probe < high && first_slot(p, probe) <= slot;
-    const int count = __popc(__ballot_sync(kWholeWarp, starts_before));
-    if (count == 0) return 0;  // only values that are no cu_seqlens do that
-    low += (count - 1) * step;
-    high = low + step < high ? low + step : high;
-  }
-  return low;
-}
-
 // The work at place `index` of the whole launch. By a whole warp. num_queries and prefix_queries are 0 where
 // there is nothing to do.
 __device__ __forceinline__ Work locate(const WindowAttentionLaunch& launch, int index) {
   const WindowAttentionParams& p = launch.params;
   const int slot = index % launch.num_slots;
   const bool ragged = p.cu_seqlens_q != nullptr;
-  const int segment = ragged ? segment_of_slot(p, slot) : slot / launch.tiles_per_segment;
-  const int tile = ragged ? slot - first_slot(p, segment) : slot % launch.tiles_per_segment;
+  const int segment = ragged ? segment_of_slot(p.cu_seqlens_q, p.num_segments, kQueryRows, slot)
+                             : slot / launch.tiles_per_segment;
+  const int tile =
+      ragged ? slot - first_slot(p.cu_seqlens_q, kQueryRows, segment) : slot % launch.tiles_per_segment;
   const int seqlen = static_cast<int>(p.seqlen);
   const Segment queries(p.cu_seqlens_q, segment, seqlen, p.total_q);
   const Segment keys(p.cu_seqlens_k, segment, seqlen, p.total_k);

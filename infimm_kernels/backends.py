@@ -180,7 +180,7 @@ def availability() -> list[Availability]:
                 if direction == "forward" and not candidate.default:
                     note = "runs only when it is named"
                 elif candidate.name == "cuda" and note == ATTENTION_BACKWARD:
-                    note = "Triton's backward"
+                    note = "head_dim 128 and deterministic: Triton's"
                 rows.append(Availability(op_name, candidate.name, direction, reason, note))
     rows += _composed("gated_cross_attention", ("varlen_attention", "gated_residual_projection"), rows)
     rows += _composed("gated_feed_forward", ("gated_residual_projection",), rows)

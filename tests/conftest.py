@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Compiling every shipped kernel, cold, takes more than the limit of other tests on two busy cores.
+# Compiling every shipped kernel, or csrc, takes more than the limit of other tests where cores are busy.
 LONG_TIMEOUT_S = 1800
 
 
@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[function] % sample.args[0] != 0:
                 item.add_marker(pytest.mark.long)
             cases[function] += 1
-        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+        builds = "cuda_wheel" in getattr(item, "fixturenames", ())
+        if (item.get_closest_marker("long") or builds) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))
     if torch.cuda.is_available():
         return

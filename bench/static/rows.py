@@ -15,11 +15,13 @@ CUDA_SOURCES = {  # and the architectures that each has code for
     "csrc/add_position_2d.cu": (80, 90),
     "csrc/decode_attention.cu": (80, 90),
     "csrc/window_attention.cu": (90,),
+    "csrc/window_attention_backward.cu": (90,),
 }
 CUDA_THREADS = {
     "add_position_2d_kernel": 256,
     "decode_attention_kernel": 256,
     "window_attention_kernel": 384,
+    "window_attention_backward_kernel": 384,
 }
 
 
@@ -114,16 +116,18 @@ def measure_cuda_sources(arch: int) -> list[Measured]:
 
 
 def _measured_cuda(kernel: aot.CudaKernel, arch: int, ptxas: str) -> Measured:
-    threads, tile, head_dim, dynamic = CUDA_THREADS[kernel.name], {}, 0, 0
+    threads, direction, tile, head_dim, dynamic = CUDA_THREADS[kernel.name], "fwd", {}, 0, 0
     if kernel.name in work.ATTENTION:
         (head_dim,) = kernel.template
-        tile = work.window_tile(head_dim)
+        tile = work.window_tile(kernel.name, head_dim)
         dynamic = work.window_shared_bytes(head_dim, tile["NUM_PREFIX"] > 0)
+        if "backward" in kernel.name:
+            direction, dynamic = "bwd", work.window_backward_shared_bytes(head_dim)
     return Measured(
         kernel=kernel.name,
         backend="cuda",
         config=f"{kernel.name.removesuffix('_kernel')} bf16 template={kernel.template}",
-        direction="fwd",
+        direction=direction,
         default=False,
         head_dim=head_dim,
         tile=tile,

@@ -77,12 +77,12 @@ def _attention_forward(tile: Mapping, problem: Problem) -> Work | None:
     return Work(tuple(regions), scalar)
 
 
-def window_tile(head_dim: int) -> dict[str, int]:
-    """The sizes of csrc/window_attention for what it is compared at: ViT-E's windows have a prefix token."""
+def window_tile(kernel: str, head_dim: int) -> dict[str, int]:
+    """The sizes of csrc's attention for what it is compared at: ViT-E's windows have a prefix token."""
     return {
         "HEAD_DIM": head_dim,
         "NUM_PREFIX": 1 if head_dim == 112 else 0,
-        "BLOCK_M": 128,
+        "BLOCK_M": 64 if "backward" in kernel else 128,
         "BLOCK_N": 128,
         "STAGES": 2,
         "MATRIX_WARPS": 8,
@@ -96,6 +96,14 @@ def window_shared_bytes(head_dim: int, prefix: bool) -> int:
     work, barriers = 2 * 32, 8 * 2 * (2 + 1 + 2 + 2)
     states = 3 * 8 * (2 * width + 4) * 4
     return 1024 + _up(tiles + work + barriers, 128) + (states if prefix else 0)
+
+
+def window_backward_shared_bytes(head_dim: int) -> int:
+    """As BackwardShared in csrc/window_attention_backward_shared.cuh; a test compares the two."""
+    width = _up(head_dim, 64)
+    tiles = (2 * 128 + 2 * 2 * 64) * width * 2  # keys and values, two stages of queries and dout
+    scores, statistics, barriers = 2 * 128 * 64 * 2, 2 * 2 * 64 * 4, 8 * (1 + 2 * 2)
+    return 1024 + tiles + scores + statistics + barriers
 
 
 def _window_attention(tile: Mapping, problem: Problem) -> Work | None:
@@ -113,6 +121,18 @@ def _window_attention(tile: Mapping, problem: Problem) -> Work | None:
         (Region(2 * product, programs, depth=1), Region(2 * product, programs * (key_tiles - 1), depth=2)),
         scalar,
     )
+
+
+def _window_attention_backward(tile: Mapping, problem: Problem) -> Work | None:
+    """The kernel of csrc: a loop over the queries, prefix included, in one over the heads of a key head."""
+    if tile["NUM_PREFIX"] != problem.num_prefix_tokens:
+        return None
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+    programs = ceil((problem.seqlen - problem.num_prefix_tokens) / block_n)
+    steps = programs * ceil(problem.seqlen / block_m)
+    product = block_m * block_n * tile["HEAD_DIM"]
+    # dq stands in the code of both warpgroups, which take turns with it: once too often.
+    return Work((Region(6 * product, steps, depth=2),), -product * steps)
 
 
 def _backward_prepare(tile: Mapping, problem: Problem) -> Work | None:
@@ -178,6 +198,7 @@ def _up(x: int, block: int) -> int:
 ATTENTION: dict[str, Callable[[Mapping, Problem], Work | None]] = {
     "attention_forward_kernel": _attention_forward,
     "window_attention_kernel": _window_attention,
+    "window_attention_backward_kernel": _window_attention_backward,
     "attention_backward_prepare_kernel": _backward_prepare,
     "attention_backward_kernel": _backward_main,
     "attention_backward_dq_kernel": _backward_dq,
@@ -210,6 +231,11 @@ PASSES: tuple[tuple[Part, ...], ...] = (
         Part("attention_backward_kernel", {"WITH_DQ": False}),
         Part("attention_backward_dq_kernel"),
         Part("attention_backward_finish_kernel", {"WITH_DQ": False}, with_prefix_only=True),
+    ),
+    (
+        PREPARE,
+        Part("window_attention_backward_kernel"),
+        Part("attention_backward_finish_kernel", {"WITH_DQ": True}),
     ),
 )
 

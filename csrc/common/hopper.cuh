@@ -23,7 +23,7 @@ struct Barrier {
   __device__ __forceinline__ void wait(int parity) const { ptx::mbarrier_wait(address, parity); }
 };
 
-// A full and an empty barrier for each of STAGES buffers that one producer fills and others read.
+// A full and an empty barrier for each of STAGES buffers that some threads fill and others read.
 template <int STAGES>
 struct BarrierRing {
   static constexpr int kBytes = 2 * STAGES * Barrier::kBytes;
@@ -31,9 +31,9 @@ struct BarrierRing {
 
   __device__ __forceinline__ Barrier full(int stage) const { return {address + 16 * stage}; }
   __device__ __forceinline__ Barrier empty(int stage) const { return {address + 16 * stage + 8}; }
-  __device__ __forceinline__ void init(int readers) const {
+  __device__ __forceinline__ void init(int readers, int writers = 1) const {
     for (int stage = 0; stage < STAGES; ++stage) {
-      full(stage).init(1);
+      full(stage).init(writers);
       empty(stage).init(readers);
     }
   }
@@ -138,6 +138,13 @@ __device__ __forceinline__ float2 unpack_pair<__half>(uint32_t pair) {
   __half2 halves;
   memcpy(&halves, &pair, sizeof(pair));
   return __half22float2(halves);
+}
+
+// The layout of an accumulator is that of wgmma's A in registers, pair by pair.
+template <typename T, int N>
+__device__ __forceinline__ void pack(const float (&values)[N], uint32_t (&packed)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) packed[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
 }
 
 // 2^(a - b); b = -inf, which only a row without any number has, counts as 0 and so gives 0 for a = -inf.

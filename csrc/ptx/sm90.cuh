@@ -62,6 +62,13 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// Adds to two neighbouring floats in global memory, whose address is a multiple of 8.
+__device__ __forceinline__ void add_global_pair(float* address, float x, float y) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "f"(x),
+               "f"(y)
+               : "memory");
+}
+
 // Ordinary stores of this thread become visible to wgmma and the copy engine; before the barrier that tells
 // others of them.
 __device__ __forceinline__ void fence_async_proxy() {
@@ -202,6 +209,18 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
   if constexpr (N == 64 && !kBFloat16) INFIMM_WGMMA_SHARED(64, 32, "f16", "0", "0", "32", "33", "34");
   if constexpr (N == 128 && kBFloat16) INFIMM_WGMMA_SHARED(128, 64, "bf16", "0", "0", "64", "65", "66");
   if constexpr (N == 128 && !kBFloat16) INFIMM_WGMMA_SHARED(128, 64, "f16", "0", "0", "64", "65", "66");
+}
+
+// d[64, N] (+)= A[64, 16] B[16, N]: both from shared memory, with their M and N index running fastest.
+template <typename T, int N>
+__device__ __forceinline__ void wgmma_both_transposed(float (&d)[N / 2], uint64_t a, uint64_t b,
+                                                      bool accumulate) {
+  static_assert(N == 64 || N == 112, "shapes that the kernels use");
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (N == 64 && kBFloat16) INFIMM_WGMMA_SHARED(64, 32, "bf16", "1", "1", "32", "33", "34");
+  if constexpr (N == 64 && !kBFloat16) INFIMM_WGMMA_SHARED(64, 32, "f16", "1", "1", "32", "33", "34");
+  if constexpr (N == 112 && kBFloat16) INFIMM_WGMMA_SHARED(112, 56, "bf16", "1", "1", "56", "57", "58");
+  if constexpr (N == 112 && !kBFloat16) INFIMM_WGMMA_SHARED(112, 56, "f16", "1", "1", "56", "57", "58");
 }
 
 // d[64, N] += A[64, 16] B[16, N]: A from registers, B from shared memory with its N index running fastest.

@@ -24,12 +24,9 @@ WINDOW_CANDIDATES = VARLEN_CANDIDATES
 
 
 def backward_backend(op_name: str, candidates, backend: str | None, *tensors: Tensor) -> str:
-    """The backend of the backward: that of the forward, but for float32 and "cuda".
+    """The backend of the backward: that of the forward, but for float32.
 
-    From a saved lse, rounded at its own size, float32 probabilities would miss the error rule. The CUDA
-    kernel's out and lse go to Triton's backward.
+    From a saved lse, rounded at its own size, float32 probabilities would miss the error rule.
     """
     selected = backends.select(op_name, candidates, backend, *tensors)
-    if tensors[0].dtype == torch.float32:
-        return "reference"
-    return "triton" if selected == "cuda" else selected
+    return "reference" if tensors[0].dtype == torch.float32 else selected

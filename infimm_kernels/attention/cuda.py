@@ -1,7 +1,8 @@
-"""The CUDA C++ backend of attention (csrc/window_attention.cuh, sm_90a): when it can run, and its launch."""
+"""The CUDA C++ backend of attention (csrc/window_attention.cuh): when it can run, launch, self-test."""
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def why_not_cuda(*tensors: Tensor) -> str | None:
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"needs tensors on an NVIDIA GPU, got {x.device}"
     if x.dtype not in DTYPES:
-        return f"supports {' and '.join(map(_name, DTYPES))}, got {_name(x.dtype)}"
+        return f"supports {' and '.join(map(name_of, DTYPES))}, got {name_of(x.dtype)}"
     if x.shape[-1] not in HEAD_DIMS:
         return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {x.shape[-1]}"
     if x.shape[-2] > MAX_HEADS or any(y.shape[0] > MAX_TOKENS for y in tensors):
@@ -60,7 +61,8 @@ def forward(
     largest = torch.finfo(torch.float32).max / 2
     if not torch.finfo(torch.float32).tiny <= softmax_scale <= largest:
         checks.fail("softmax_scale", "be a positive float32 for backend 'cuda'", softmax_scale)
-    if not is_trusted(q, triton_launch.forward):
+    key = q.device, q.dtype, q.shape[-1]
+    if not is_trusted("forward", key, lambda: self_test(*key, triton_launch.forward)):
         return triton_launch.forward(*arguments)
     return launch(*arguments)
 
@@ -92,7 +94,7 @@ def launch(
         ValueError: an argument the kernel cannot take.
         RuntimeError: a CUDA error, with its text and the shapes.
     """
-    q, k, v = _for_copies(q), _for_copies(k), _for_copies(v)
+    q, k, v = for_copies(q), for_copies(k), for_copies(v)
     total_q, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
@@ -110,7 +112,7 @@ def launch(
         lse=lse.data_ptr(),
         cu_seqlens_q=0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
         cu_seqlens_k=0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
-        dtype=module.DTYPES[_name(q.dtype)],
+        dtype=module.DTYPES[name_of(q.dtype)],
         total_q=total_q,
         total_k=k.shape[0],
         num_segments=num_segments,
@@ -133,7 +135,7 @@ def launch(
     return out, lse
 
 
-def _for_copies(x: Tensor) -> Tensor:
+def for_copies(x: Tensor) -> Tensor:
     """`x`, copied where the copy engine cannot read it: it moves 16 bytes, and repeats no row."""
     element = x.element_size()
     fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
@@ -144,43 +146,48 @@ def _for_copies(x: Tensor) -> Tensor:
 
 # --- self-test ----------------------------------------------------------------------------------------------
 
-_verdicts: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
+Key = tuple[torch.device, torch.dtype, int]  # the last is head_dim
+_verdicts: dict[tuple[str, Key], str | None] = {}
 
 
-def is_trusted(x: Tensor, compare_with: Forward) -> bool:
-    """Whether the kernel for the dtype and head_dim of `x` gives Triton's numbers on its device.
+def is_trusted(direction: str, key: Key, test: Callable[[], str | None]) -> bool:
+    """Whether the kernel for this dtype and head_dim has passed `test` on this device.
 
-    Tried once per process, device, dtype and head_dim; a difference is a warning, and Triton serves from then
-    on. While a CUDA graph is captured nothing can be tried: an untried kernel then leaves the call to Triton.
+    Tried once per process; a difference is a warning, and Triton serves from then on. While a CUDA graph is
+    captured nothing can be tried: an untried kernel then leaves the call to Triton.
     """
-    key = (x.device, x.dtype, x.shape[-1])
-    if key not in _verdicts:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    device, dtype, head_dim = key
+    if (direction, key) not in _verdicts:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             warnings.warn(
-                "infimm_kernels: attention on backend 'cuda' was not called before this capture, "
-                "so the CUDA graph uses Triton; call it once before",
+                f"infimm_kernels: the {direction} of attention on backend 'cuda' was not called before this "
+                "capture, so the CUDA graph uses Triton; call it once before",
                 stacklevel=2,
             )
             return False
         try:
-            _verdicts[key] = self_test(*key, compare_with)
+            verdict = test()
         except RuntimeError as error:
-            _verdicts[key] = str(error)
-        if _verdicts[key] is not None:
+            verdict = str(error)
+        _verdicts[direction, key] = verdict
+        if verdict is not None:
             warnings.warn(
-                f"infimm_kernels: attention on backend 'cuda' is disabled for {_name(x.dtype)}, head_dim "
-                f"{x.shape[-1]} on {x.device}, Triton serves instead: {_verdicts[key]}",
+                f"infimm_kernels: the {direction} of attention on backend 'cuda' is disabled for "
+                f"{name_of(dtype)}, head_dim {head_dim} on {device}, Triton serves instead: {verdict}",
                 stacklevel=2,
             )
-    return _verdicts[key] is None
+    return _verdicts[direction, key] is None
 
 
-@torch.no_grad()
-def self_test(device: torch.device, dtype: torch.dtype, head_dim: int, compare_with: Forward) -> str | None:
-    """None when `launch` and `compare_with` agree on a small problem, else a sentence that says where not.
+class Problem(NamedTuple):
+    """One problem of a self-test: what it is, and arguments of `forward`."""
 
-    Ragged windows with a prefix token, then text that attends to them by groups of heads.
-    """
+    name: str
+    arguments: tuple
+
+
+def test_problems(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Problem]:
+    """Small ones: ragged windows with a prefix token, equal windows, text over windows in groups of heads."""
     generator = torch.Generator().manual_seed(0)  # on the CPU: the device's own state stays as it is
 
     def tokens(total: int, heads: int) -> Tensor:
@@ -192,27 +199,37 @@ def self_test(device: torch.device, dtype: torch.dtype, head_dim: int, compare_w
     total = sum(SELF_TEST_LENGTHS)
     windows, text = cumulative(SELF_TEST_LENGTHS), cumulative(SELF_TEST_LENGTHS[::-1])
     q, k, v = tokens(total, 2), tokens(total, 2), tokens(total, 2)
-    shared_k, shared_v = tokens(total, 1), tokens(total, 1)
     scale = head_dim**-0.5
-    problems = {
-        "ragged windows with a prefix token": (q, k, v, windows, windows, 0, scale, 1),
-        "equal windows": (q, k, v, None, None, total // 2, scale, 0),
-        "text over windows, one key head": (q, shared_k, shared_v, text, windows, 0, scale, 0),
-    }
-    for problem, arguments in problems.items():
-        named = zip(("out", "lse"), launch(*arguments), compare_with(*arguments), strict=True)
-        for name, result, expected in named:
-            result, expected = result.float(), expected.float()
-            if not torch.equal(result.isfinite(), expected.isfinite()):
-                return f"{problem}: {name} is finite in other places than Triton's"
-            finite = expected.isfinite()
-            rounding = torch.finfo(dtype if name == "out" else torch.float32).eps / 2
-            limit = SELF_TEST_ROUNDINGS * rounding * expected[finite].abs().max().item()
-            difference = (result - expected)[finite].abs().max().item()
-            if difference > limit:
-                return f"{problem}: {name} differs from Triton's by {difference:.3g}, {limit:.3g} is allowed"
+    text_problem = (q, k[:, :1], v[:, :1], text, windows, 0, scale, 0)
+    return [
+        Problem("ragged windows with a prefix token", (q, k, v, windows, windows, 0, scale, 1)),
+        Problem("equal windows", (q, k, v, None, None, total // 2, scale, 0)),
+        Problem("text over windows, one key head", text_problem),
+    ]
+
+
+def difference(name: str, result: Tensor, expected: Tensor) -> str | None:
+    """None where two kernels agree but for a few roundings of the largest number, else a sentence."""
+    rounding = torch.finfo(result.dtype).eps / 2
+    result, expected = result.float(), expected.float()
+    finite = expected.isfinite()
+    if not torch.equal(result.isfinite(), finite):
+        return f"{name} is finite in other places than Triton's"
+    limit = SELF_TEST_ROUNDINGS * rounding * expected[finite].abs().max().item()
+    found = (result - expected)[finite].abs().max().item()
+    return f"{name} differs from Triton's by {found:.3g}, {limit:.3g} is allowed" if found > limit else None
+
+
+@torch.no_grad()
+def self_test(device: torch.device, dtype: torch.dtype, head_dim: int, compare_with: Forward) -> str | None:
+    """None when `launch` and `compare_with` agree on small problems, else a sentence that says where not."""
+    for problem, arguments in test_problems(device, dtype, head_dim):
+        for name, *results in zip(("out", "lse"), launch(*arguments), compare_with(*arguments), strict=True):
+            if (found := difference(name, *results)) is not None:
+                return f"{problem}: {found}"
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """ "bfloat16" of torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

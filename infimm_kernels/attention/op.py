@@ -50,8 +50,8 @@ def varlen_attention(
         return_lse: also return the logsumexp, float32 (float64 for float64) [num_heads, total_q]. It is
             differentiable.
         backend: "reference", "triton" or "cuda" (opt-in: compute capability 9.0, float16 and bfloat16,
-            head_dim 64, 112 and 128, a positive softmax_scale; its backward is Triton's); None chooses. See
-            `infimm_kernels.backends`.
+            head_dim 64, 112 and 128, a positive softmax_scale; at 128 and deterministic the backward is
+            Triton's); None chooses. See `infimm_kernels.backends`.
 
     Returns:
         out [total_q, num_heads, head_dim] in the dtype of q, or (out, lse).
@@ -213,9 +213,11 @@ def _varlen_backward_kernel(
     q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, softmax_scale, num_prefix_tokens, backend
 ):
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if backward_backend("varlen_attention", VARLEN_CANDIDATES, backend, q, k, v) == "triton":
+    selected = backward_backend("varlen_attention", VARLEN_CANDIDATES, backend, q, k, v)
+    if selected != "reference":
+        forward_and_grads = (q, k, v, out, lse, dout, dlse)
         lengths = (cu_seqlens_q, cu_seqlens_k, 0)
-        _triton_backward(q, k, v, out, lse, dout, dlse, lengths, softmax_scale, num_prefix_tokens, dq, dk, dv)
+        _launch_backward(selected, *forward_and_grads, *lengths, softmax_scale, num_prefix_tokens, dq, dk, dv)
     else:
         segments = plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
         reference.backward(dout, dlse, q, k, v, softmax_scale, segments, dq, dk, dv)
@@ -228,26 +230,24 @@ def _window_backward_kernel(qkv, out, lse, dout, dlse, cu_seqlens, softmax_scale
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = _packed(dqkv)
     dout = None if dout is None else dout.reshape(q.shape)
-    if backward_backend("window_attention", WINDOW_CANDIDATES, backend, qkv) == "triton":
+    selected = backward_backend("window_attention", WINDOW_CANDIDATES, backend, qkv)
+    if selected != "reference":
+        forward_and_grads = (q, k, v, out.reshape(q.shape), lse, dout, dlse)
         lengths = (cu_seqlens, cu_seqlens, _seqlen(qkv))
-        out = out.reshape(q.shape)
-        _triton_backward(q, k, v, out, lse, dout, dlse, lengths, softmax_scale, num_prefix_tokens, dq, dk, dv)
+        _launch_backward(selected, *forward_and_grads, *lengths, softmax_scale, num_prefix_tokens, dq, dk, dv)
     else:
         reference.backward(dout, dlse, q, k, v, softmax_scale, _window_plan(qkv, cu_seqlens), dq, dk, dv)
     return dqkv
 
 
-def _triton_backward(
-    q, k, v, out, lse, dout, dlse, lengths, softmax_scale, num_prefix_tokens, dq, dk, dv
-) -> None:
-    """lengths: cu_seqlens_q, cu_seqlens_k, seqlen, as `triton_launch` takes them."""
-    from infimm_kernels.attention import triton_launch
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    forward_and_grads = (q, k, v, out, lse, dout, dlse)
-    triton_launch.backward(
-        *forward_and_grads, *lengths, softmax_scale, num_prefix_tokens, deterministic, dq, dk, dv
-    )
+def _launch_backward(backend: str, *arguments) -> None:
+    """arguments: of `triton_launch.backward`, without `deterministic`."""
+    if backend == "cuda":
+        from infimm_kernels.attention import cuda_backward as launcher
+    else:
+        from infimm_kernels.attention import triton_launch as launcher
+    *before, dq, dk, dv = arguments
+    launcher.backward(*before, torch.are_deterministic_algorithms_enabled(), dq, dk, dv)
 
 
 def _seqlen(qkv: Tensor) -> int:

@@ -4,7 +4,7 @@ No launch waits for the GPU or needs a length of a segment: `Grid` counts tokens
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -146,12 +146,14 @@ def backward(
     dv: Tensor,
     key_ranges: Tensor | None = None,
     query_ranges: Tensor | None = None,
+    main: Callable[..., None] | None = None,
 ) -> None:
     """Write the gradients into dq, dk and dv: the shapes of q, k and v, any strides with a unit last one.
 
     out, lse: the results of the forward, float16 or bfloat16 and float32; dlse: float32 [num_heads, total_q]
     or None. cu_seqlens, seqlen and key_ranges as in `forward`; query_ranges: the queries that see the keys of
-    each segment.
+    each segment. main: `cuda_backward.launch_main`, in the place of the main kernel, not with ranges or
+    deterministic.
     """
     total_q, num_heads, head_dim = q.shape
     total_k, num_kv_heads = k.shape[:2]
@@ -205,27 +207,31 @@ def backward(
             BLOCK_M=ROWS,
             num_warps=8,
         )
-        config = configs.dkdv if deterministic else configs.fused
-        slots = _grid(cu_seqlens_k, cu_seqlens_q, total_k, seqlen, num_prefix_tokens, config.block_n)
-        attention_backward_kernel[slots.num_slots, num_kv_heads](
-            *(q, k, v, dout, lse, delta, None if deterministic else dq_sum, dk, dv),
-            *(slots.other_cu_seqlens, slots.cu_seqlens, query_ranges),
-            *strides[1::2],
-            *dk.stride()[:2],
-            *dv.stride()[:2],
-            *sizes(slots),
-            NUM_HEADS=num_heads,
-            STRIDE_Q=q.stride(0),
-            STRIDE_K=k.stride(0),
-            STRIDE_V=v.stride(0),
-            STRIDE_DOUT=dout.stride(0),
-            EVEN_Q=whole_tiles(seqlen, num_prefix_tokens, config.block_m),
-            EVEN_K=whole_tiles(seqlen, num_prefix_tokens, config.block_n),
-            WITH_DQ=not deterministic,
-            **problem,
-            **scale_in,
-            **tiles(config),
-        )
+        if main is not None:
+            tensors = (q, k, v, dout, lse, delta, dq_sum, dk, dv, rows.cu_seqlens, rows.other_cu_seqlens)
+            main(*tensors, seqlen, softmax_scale, num_prefix_tokens)
+        else:
+            config = configs.dkdv if deterministic else configs.fused
+            slots = _grid(cu_seqlens_k, cu_seqlens_q, total_k, seqlen, num_prefix_tokens, config.block_n)
+            attention_backward_kernel[slots.num_slots, num_kv_heads](
+                *(q, k, v, dout, lse, delta, None if deterministic else dq_sum, dk, dv),
+                *(slots.other_cu_seqlens, slots.cu_seqlens, query_ranges),
+                *strides[1::2],
+                *dk.stride()[:2],
+                *dv.stride()[:2],
+                *sizes(slots),
+                NUM_HEADS=num_heads,
+                STRIDE_Q=q.stride(0),
+                STRIDE_K=k.stride(0),
+                STRIDE_V=v.stride(0),
+                STRIDE_DOUT=dout.stride(0),
+                EVEN_Q=whole_tiles(seqlen, num_prefix_tokens, config.block_m),
+                EVEN_K=whole_tiles(seqlen, num_prefix_tokens, config.block_n),
+                WITH_DQ=not deterministic,
+                **problem,
+                **scale_in,
+                **tiles(config),
+            )
         if deterministic:
             config = configs.dq
             slots = _grid(cu_seqlens_q, cu_seqlens_k, total_q, seqlen, 0, config.block_m)

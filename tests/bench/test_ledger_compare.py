@@ -138,6 +138,7 @@ def test_gates_of_the_other_kernels(row, change, sentence):
     assert compare.beyond_limits([*DEFAULTS, row | change | {"arch": "sm_100"}]) == []
 
 
+BACKWARD_SHAPES = "HGMMA.64x112x16 x16, HGMMA.64x64x16 x14"
 CUDA = ROW | {
     "kernel": "window_attention_kernel",
     "backend": "cuda",
@@ -157,6 +158,9 @@ CUDA = ROW | {
         ({}, None),
         ({"useful_over_issued": 0.97}, "useful_over_issued is 0.97, must be at least 0.98"),
         ({"spills": 1}, "spills is 1, must be 0"),
+        ({"pass": "bwd", "useful_over_issued": 0.92, "mma": BACKWARD_SHAPES}, "must be at least 0.93"),
+        ({"pass": "bwd", "useful_over_issued": 0.94, "mma": BACKWARD_SHAPES}, None),
+        ({"pass": "bwd"}, "must have the matrix instruction HGMMA.64x64x16"),
         ({"wgmma_waits": 30}, "wgmma_waits is 30, must be at most 4"),
         ({"wgmma_serialised": "C7513"}, "wait for each other (C7513)"),
         ({"mma": "HGMMA.64x128x16 x30"}, "must have the matrix instruction HGMMA.64x112x16, has"),

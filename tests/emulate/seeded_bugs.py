@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ from tests.emulate.add_position_2d import CSRC
 LIMIT_S = 120
 
 
-def copy_with_bug(folder: Path, old: str, new: str) -> Path:
-    """csrc in `folder` with `new` in the place of the only `old`."""
+def copy_with_bug(folder: Path, files: Sequence[str], old: str, new: str) -> Path:
+    """csrc in `folder` with `new` in the place of the only `old` in `files`, which are patterns."""
     csrc = folder / "csrc"
     if not csrc.exists():
         shutil.copytree(CSRC, csrc)
-    hits = [path for path in csrc.rglob("*.*") if old in path.read_text()]
+    hits = [path for pattern in files for path in csrc.glob(pattern) if old in path.read_text()]
     count = sum(path.read_text().count(old) for path in hits)
     assert count == 1, f"the bug must fit one place, it fits {count}: {hits}"
     hits[0].write_text(hits[0].read_text().replace(old, new))

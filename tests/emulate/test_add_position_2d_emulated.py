@@ -10,6 +10,7 @@ from tests.emulate import seeded_bugs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
 
+FILES = ["add_position_2d*", "common/*"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (num_windows, seqlen, hidden, window_shape or None, num_prefix_tokens)
 SHAPES = [
@@ -201,11 +202,14 @@ MUTATIONS = [
 
 
 def build_mutant(folder, old, new):
-    return emulator.build(folder, seeded_bugs.copy_with_bug(folder, old, new))
+    return emulator.build(folder, seeded_bugs.copy_with_bug(folder, FILES, old, new))
 
 
-@pytest.mark.sample(4)
-@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
+SOME = MUTATIONS[::4]
+
+
+# Some of them: each is compiled. `make emulate` tries all.
+@pytest.mark.parametrize(("old", "new"), [edit for _, *edit in SOME], ids=[name for name, *_ in SOME])
 def test_seeded_bug_is_caught(tmp_path, old, new):
     mutant = build_mutant(tmp_path, old, new)
     assert seeded_bugs.is_caught(lambda: check_everything(mutant))

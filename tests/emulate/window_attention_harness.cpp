@@ -2,33 +2,22 @@
 // that runs one problem in buffers without slack, for the sanitizers.
 #include "window_attention.h"
 
-#include <cmath>
-#include <cstdio>
-#include <initializer_list>
-
-#include "hopper.h"
 #include "window_attention_shared.cuh"
+#include "window_problem.h"
+
+using harness::bytes_at;
+using harness::extent;
 
 namespace {
 
-shim::Range extent(const void* address, std::int64_t tokens, std::int64_t heads, std::int64_t channels,
-                   std::int64_t stride_token, std::int64_t stride_head) {
-  const auto begin = reinterpret_cast<std::uintptr_t>(address);
-  const std::int64_t elements =
-      tokens == 0 ? 0 : (tokens - 1) * stride_token + (heads - 1) * stride_head + channels;
-  return {begin, begin + static_cast<std::uintptr_t>(elements) * 2};
-}
-
 int run(const infimm::WindowAttentionParams& p, unsigned num_sms, std::uint64_t seed) {
   const std::int64_t bounds = p.cu_seqlens_q == nullptr ? 0 : p.num_segments + 1;
-  const auto cu_q = reinterpret_cast<std::uintptr_t>(p.cu_seqlens_q);
-  const auto cu_k = reinterpret_cast<std::uintptr_t>(p.cu_seqlens_k);
   shim::readable = {
       extent(p.q, p.total_q, p.num_heads, p.head_dim, p.q_stride_token, p.q_stride_head),
       extent(p.k, p.total_k, p.num_kv_heads, p.head_dim, p.k_stride_token, p.k_stride_head),
       extent(p.v, p.total_k, p.num_kv_heads, p.head_dim, p.v_stride_token, p.v_stride_head),
-      {cu_q, cu_q + static_cast<std::uintptr_t>(4 * bounds)},
-      {cu_k, cu_k + static_cast<std::uintptr_t>(4 * bounds)},
+      bytes_at(p.cu_seqlens_q, 4 * bounds),
+      bytes_at(p.cu_seqlens_k, 4 * bounds),
   };
   shim::num_sms = num_sms;
   shim::shared_limit = 227 << 10;  // what a block of sm_90 can have
@@ -73,53 +62,23 @@ extern "C" int emulate_window_shared_bytes(int head_dim, bool prefix) {
 extern "C" const char* emulate_complaint() { return shim::complaint.c_str(); }
 
 #ifdef EMULATE_MAIN
-// Arguments: head_dim heads kv_heads prefix seed, then lengths of segments (of queries, keys).
 int main(int argc, char** argv) {
-  const auto number = [&](int i) { return std::strtoll(argv[i], nullptr, 10); };
-  infimm::WindowAttentionParams p = {};
-  p.dtype = infimm::DType::kBFloat16;
-  p.head_dim = number(1);
-  p.num_heads = number(2);
-  p.num_kv_heads = number(3);
-  p.num_prefix_tokens = number(4);
-  const auto seed = static_cast<std::uint64_t>(number(5));
-  std::vector<std::int32_t> cu_q = {0}, cu_k = {0};
-  for (int i = 6; i + 1 < argc; i += 2) {
-    cu_q.push_back(cu_q.back() + static_cast<std::int32_t>(number(i)));
-    cu_k.push_back(cu_k.back() + static_cast<std::int32_t>(number(i + 1)));
-  }
-  p.num_segments = static_cast<std::int64_t>(cu_q.size()) - 1;
-  p.total_q = cu_q.back();
-  p.total_k = cu_k.back();
-  const auto tensor = [](std::int64_t elements) {
-    auto* memory = static_cast<std::uint16_t*>(
-        std::aligned_alloc(16, static_cast<std::size_t>(elements * 2 + 15) / 16 * 16));
-    for (std::int64_t i = 0; i < elements; ++i)
-      memory[i] = static_cast<std::uint16_t>(0x3e00 + i * 7 % 0x180);
-    return memory;
-  };
-  const std::int64_t q_row = p.num_heads * p.head_dim, k_row = p.num_kv_heads * p.head_dim;
-  auto *q = tensor(p.total_q * q_row), *k = tensor(p.total_k * k_row), *v = tensor(p.total_k * k_row);
-  std::vector<std::uint16_t> out(static_cast<std::size_t>(p.total_q * q_row), 0xffff);
-  std::vector<float> lse(static_cast<std::size_t>(p.total_q * p.num_heads), NAN);
-  p.q = q;
-  p.k = k;
-  p.v = v;
+  harness::Problem<infimm::WindowAttentionParams> problem(argc, argv);
+  infimm::WindowAttentionParams& p = problem.params;
+  const std::int64_t rows = p.total_q * p.num_heads;
+  harness::Elements q(p.total_q * problem.q_row, false), k(p.total_k * problem.k_row, false),
+      v(p.total_k * problem.k_row, false);
+  std::vector<std::uint16_t> out(static_cast<std::size_t>(rows * p.head_dim), harness::Elements::kUnwritten);
+  std::vector<float> lse(static_cast<std::size_t>(rows), NAN);
+  p.q = q.data();
+  p.k = k.data();
+  p.v = v.data();
   p.out = out.data();
   p.lse = lse.data();
-  p.cu_seqlens_q = cu_q.data();
-  p.cu_seqlens_k = cu_k.data();
-  p.q_stride_token = q_row;
-  p.k_stride_token = p.v_stride_token = k_row;
-  p.q_stride_head = p.k_stride_head = p.v_stride_head = p.head_dim;
-  p.softmax_scale = 0.1f;
-  const int error = run(p, 2, seed);
+  const int error = run(p, 2, problem.seed);
   bool complete = true;
-  for (const std::uint16_t element : out) complete = complete && element != 0xffff;
+  for (const std::uint16_t element : out) complete = complete && element != harness::Elements::kUnwritten;
   for (const float element : lse) complete = complete && element == element;
-  std::free(q);
-  std::free(k);
-  std::free(v);
   if (!complete) std::printf("rows that nobody wrote\n");
   return error != 0 || !complete;
 }

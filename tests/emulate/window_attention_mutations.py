@@ -10,12 +10,16 @@ IN_SCHEDULE = [
     ),
     (
         "slots without the segment",
-        "__ldg(p.cu_seqlens_q + segment) / kQueryRows + segment;",
-        "__ldg(p.cu_seqlens_q + segment) / kQueryRows;",
+        "__ldg(cu_seqlens + segment) / rows + segment;",
+        "__ldg(cu_seqlens + segment) / rows;",
     ),
     ("search one segment too far", "low += (count - 1) * step;", "low += count * step;"),
     ("search without its upper end", "high = low + step < high ? low + step : high;", "high = low + 1;"),
-    ("tile counted from the first slot of all", "slot - first_slot(p, segment) :", "slot :"),
+    (
+        "tile counted from the first slot of all",
+        "slot - first_slot(p.cu_seqlens_q, kQueryRows, segment) :",
+        "slot :",
+    ),
     (
         "keys of the queries' segment",
         "const Segment keys(p.cu_seqlens_k,",
@@ -69,7 +73,6 @@ IN_LAUNCH = [
         "params.dtype == DType::kBFloat16 ? launch",
         "params.dtype != DType::kBFloat16 ? launch",
     ),
-    ("alignment not asked for", "         is_aligned(p);", "         true;"),
 ]
 
 IN_PRODUCER = [

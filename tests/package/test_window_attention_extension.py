@@ -23,34 +23,50 @@ CALL = {
 RAGGED = dict(cu_seqlens_q=4096, cu_seqlens_k=4096, seqlen=0)
 
 
+BACKWARD = {
+    **{name: value for name, value in CALL.items() if name != "out"},
+    **dict.fromkeys(("dout", "delta", "dq_sum", "dk", "dv"), 4096),
+    **dict(dout_stride_token=1792, dout_stride_head=112, dk_stride_token=5376, dk_stride_head=112),
+    **dict(dv_stride_token=5376, dv_stride_head=112),
+}
+
+
 @pytest.fixture(scope="module")
 def code(cuda_wheel):
-    """By (dtype, head_dim), how often each instruction stands in the kernel."""
+    """By (kernel, dtype, head_dim), how often each instruction stands in it."""
     sass = output_of(cuda_tool("cuobjdump"), "-sass", "-arch", "sm_90a", building.extension_in(cuda_wheel[1]))
     found = {}
     for name, listing in re.findall(r"Function : (\S+)\n(.*?)(?=\tFunction : |\Z)", sass, re.DOTALL):
-        kernel = re.search(r"window_attention_kernelI\d*(\w+?)Li(\d+)E", name)
+        kernel = re.search(r"(window_attention\w*)_kernelI\d*(\w+?)Li(\d+)E", name)
         if kernel is not None:
             opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing)
-            found[kernel[1].removeprefix("__"), int(kernel[2])] = Counter(opcodes)
+            found[kernel[1], kernel[2].removeprefix("__"), int(kernel[3])] = Counter(opcodes)
     return found
 
 
+TYPES = ("nv_bfloat16", "half")
+FORWARD_KERNELS = [("window_attention", dtype, size) for dtype in TYPES for size in (64, 112, 128)]
+BACKWARD_KERNELS = [("window_attention_backward", dtype, size) for dtype in TYPES for size in (64, 112)]
+
+
 def test_every_kernel_is_there(code):
-    assert set(code) == {(dtype, size) for dtype in ("nv_bfloat16", "half") for size in (64, 112, 128)}
+    assert set(code) == {*FORWARD_KERNELS, *BACKWARD_KERNELS}
 
 
-@pytest.mark.parametrize("head_dim", [64, 112, 128])
-@pytest.mark.parametrize("dtype", ["nv_bfloat16", "half"])
-def test_exact_products_that_nothing_serialises(code, dtype, head_dim):
+@pytest.mark.parametrize("kernel", FORWARD_KERNELS + BACKWARD_KERNELS, ids=str)
+def test_exact_products_that_nothing_serialises(code, kernel):
     """Where ptxas waits for each wgmma by itself (C75xx), it opens and closes a group for each."""
-    counts = code[dtype, head_dim]
-    shapes = Counter()
+    counts, (_, _, head_dim) = code[kernel], kernel
+    shapes, expected = Counter(), Counter()
     for opcode, count in counts.items():
         if opcode.startswith("HGMMA"):
             shapes[opcode.split(".")[1]] += count
-    expected = Counter({"64x128x16": 2 * head_dim // 16})
-    expected[f"64x{head_dim}x16"] += 2 * 8
+    if kernel in FORWARD_KERNELS:
+        expected["64x128x16"] += 2 * head_dim // 16  # scores: of the first key tile, and in the loop
+        expected[f"64x{head_dim}x16"] += 2 * 8  # values: in the loop, and of the last
+    else:
+        expected["64x64x16"] += 2 * head_dim // 16  # scores and the gradients of the weights
+        expected[f"64x{head_dim}x16"] += 4 + 4 + 8  # dv, dk, dq
     assert shapes == expected
     assert (counts["WARPGROUP.ARRIVE"], counts["WARPGROUP.DEPBAR.LE"]) == (3, 4)
     assert not any(opcode.startswith(("LDL", "STL", "HMMA")) for opcode in counts), "it spills"
@@ -91,7 +107,7 @@ def test_without_a_driver_a_launch_is_an_error_not_a_crash(compiled):
         (dict(total_k=10249), "total_k must be total_q without cu_seqlens (10250), got 10249"),
         (
             dict(RAGGED, num_segments=2**28),
-            "(total_q / 128 + num_segments) * num_heads must fit 30 bits, got total_q 10250, num_segments "
+            "(tokens / 128 + num_segments) * num_heads must fit 30 bits, got 10250 tokens, num_segments "
             f"{2**28}, num_heads 16",
         ),
         (
@@ -108,6 +124,39 @@ def test_without_a_driver_a_launch_is_an_error_not_a_crash(compiled):
 def test_bad_arguments(compiled, changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         compiled.window_attention(**{**CALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            (dict([(name, 0)]), f"{name} must be a device address, got 0")
+            for name in ("q", "k", "v", "dout", "lse", "delta", "dq_sum", "dk", "dv")
+        ),
+        (dict(head_dim=128), "head_dim must be 64 or 112, got 128"),
+        (dict(num_kv_heads=5), "num_kv_heads must divide num_heads (16), got 5"),
+        (dict(softmax_scale=-1.0), "softmax_scale must be a positive float32, got -1.000000"),
+        (
+            dict(dout_stride_token=1793),
+            "dout must have an address and strides of whole 16 bytes, got strides of 1793 and 112 elements",
+        ),
+        (
+            dict(dv_stride_head=113),
+            "dv must have an address and strides of whole 4 bytes, got strides of 5376 and 113 elements",
+        ),
+        (dict(dq_sum=4100), "dq_sum must have an address of whole 8 bytes, got 4100"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_the_backward(compiled, changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        compiled.window_attention_backward(**{**BACKWARD, **changes})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_driver_the_backward_is_an_error_too(compiled):
+    with pytest.raises(RuntimeError, match=r"window_attention_backward: CUDA error \d+ .* in 10 segments"):
+        compiled.window_attention_backward(**BACKWARD)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ struct BoxCopy {
 struct Product {
   int columns = 0;
   std::uint64_t a = 0, b = 0;
-  bool a_in_registers = false, by_row = false, accumulate = true;
+  bool a_in_registers = false, a_by_row = false, b_by_row = false, accumulate = true;
   float (*to_float)(std::uint16_t) = nullptr;
   std::uint32_t registers[kWarp][4];
   float* d[kWarp] = {};
@@ -194,13 +194,13 @@ inline void compute(Product& product, WarpProducts& warp, int warp_in_group) {
         const std::uint32_t word = product.registers[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
         bits = static_cast<std::uint16_t>(word >> 16 * (k % 2));
       } else {
-        bits = operand(product.a, false, warp_in_group * 16 + row, k);
+        bits = operand(product.a, product.a_by_row, warp_in_group * 16 + row, k);
       }
       a[row * 16 + k] = product.to_float(bits);
     }
   }
   for (int k = 0; k < 16; ++k)
-    for (int j = 0; j < n; ++j) b[k * n + j] = product.to_float(operand(product.b, product.by_row, j, k));
+    for (int j = 0; j < n; ++j) b[k * n + j] = product.to_float(operand(product.b, product.b_by_row, j, k));
   std::vector<float> d(static_cast<std::size_t>(16) * n, 0.0f);
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k)

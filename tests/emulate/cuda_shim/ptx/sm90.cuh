@@ -16,6 +16,18 @@ inline void store_shared_int(std::uint32_t address, int value) { shim::store_sha
 inline void store_shared_float(std::uint32_t address, float value) { shim::store_shared(address, value); }
 inline void store_shared_16(std::uint32_t address, uint4 value) { shim::store_shared(address, value); }
 
+inline void add_global_pair(float* address, float x, float y) {
+  const auto at = reinterpret_cast<std::uintptr_t>(address);
+  if (at % 8 != 0) shim::complain("misaligned reduction");
+  for (const shim::Range& range : shim::scratch) {
+    if (at < range.begin || at + 8 > range.end) continue;
+    address[0] += x;
+    address[1] += y;
+    return;
+  }
+  shim::complain("reduction outside the sum");
+}
+
 inline void fence_async_proxy() {
   for (const shim::Fiber*& writer : shim::hopper->unfenced)
     if (writer == shim::current) writer = nullptr;
@@ -79,11 +91,23 @@ void wgmma(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool accumulate)
 }
 
 template <typename T, int N>
+void wgmma_both_transposed(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  shim::Product product;
+  product.columns = N;
+  product.a = a;
+  product.b = b;
+  product.a_by_row = product.b_by_row = true;
+  product.accumulate = accumulate;
+  product.to_float = &element_to_float<T>;
+  shim::issue(d, product);
+}
+
+template <typename T, int N>
 void wgmma_transposed(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t b) {
   shim::Product product;
   product.columns = N;
   product.b = b;
-  product.a_in_registers = product.by_row = true;
+  product.a_in_registers = product.b_by_row = true;
   product.to_float = &element_to_float<T>;
   std::memcpy(product.registers[0], a, sizeof(a));
   shim::issue(d, product);
