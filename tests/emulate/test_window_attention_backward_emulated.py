@@ -8,9 +8,11 @@ import subprocess
 import pytest
 import torch
 
+from bench import hopper
 from bench.static import work
 from infimm_kernels.attention import cuda_backward
 from tests.emulate import seeded_bugs
+from tests.emulate import window_attention as forward
 from tests.emulate import window_attention_backward as emulator
 from tests.emulate.test_window_attention_emulated import example, in_place_of_the_extension
 from tests.emulate.window_attention import formula as forward_formula
@@ -267,6 +269,18 @@ def test_the_sanitizers_find_nothing(tmp_path):
     for arguments in ("112 2 2 1 0 130 130 1 1 65 65", "64 4 2 0 1 9 140 130 3", "112 1 1 3 4 2 129 200 2"):
         done = subprocess.run([program, *arguments.split()], capture_output=True, text=True)
         assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr[-4000:]}"
+
+
+def test_what_make_gpu_asks_on_hopper(library, tmp_path):
+    """bench.hopper on both kernels, as compute-sanitizer is to see them; and that it tells a wrong result."""
+    emulated = forward.EmulatedExtension(forward.KERNEL.build(tmp_path))
+    emulated.window_attention_backward = emulator.EmulatedExtension(library).window_attention_backward
+    problem = (112, torch.bfloat16, 2, 1, 0)
+    assert problem in set(hopper.problems())
+    with in_place_of_the_extension(emulated):
+        assert hopper.wrong(*problem, device="cpu") is None
+        emulated.window_attention_backward = lambda **arguments: None
+        assert "dq errs by" in hopper.wrong(*problem, device="cpu")
 
 
 def test_the_ledger_knows_the_shared_memory(library):
