@@ -200,7 +200,8 @@ def test_a_gpu_run_measures_the_encoder_between_its_tests_and_its_cases(monkeypa
     order = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     ok = {"status": "ok", "reason": None, "min_ratio": 1.2}
-    for name in ("build_extension", "run_tests", "run_ledger", "run_encoder"):
+    names = ("build_extension", "run_tests", "run_ledger", "run_sanitizer", "run_wgmma_rate", "run_encoder")
+    for name in names:
 
         def step(*arguments, name=name):
             order.append((name, *arguments))
@@ -209,7 +210,8 @@ def test_a_gpu_run_measures_the_encoder_between_its_tests_and_its_cases(monkeypa
         monkeypatch.setattr(steps, name, step)
     writer = gpu.results.Writer([tmp_path / "out.json"], {})
     gpu.prepare(writer, torch.device("cuda"), 540.0)
-    assert order[-1] == ("run_encoder", 135.0, "--device", "cuda", "--repeats", "3")
+    assert [name for name, *_ in order[-4:-1]] == ["run_sanitizer", "run_sanitizer", "run_wgmma_rate"]
+    assert order[-1] == ("run_encoder", gpu.ENCODER_SHARE * 540, "--device", "cuda", "--repeats", "3")
     assert writer.document["encoder"] == ok
 
 

@@ -36,7 +36,8 @@ ALWAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=["default", pytest.param("all", marks=pytest.mark.long)])
+# Long both: tests/kernels/test_aot.py compiles the default ones in the short run.
+@pytest.fixture(scope="module", params=[pytest.param(p, marks=pytest.mark.long) for p in ("default", "all")])
 def run(request):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "bench.ledger", "--json", *["--default"] * (request.param == "default")]
@@ -183,7 +184,7 @@ def test_another_triton_is_said_and_only_the_ratio_is_held(stored, capsys):
 
 def test_rows_of_cuda_kernels_are_held_only_where_nvcc_is(stored, monkeypatch, capsys):
     """A remark about anything else once made the command forget the stored CUDA rows."""
-    cuda = stored[0] | {"backend": "cuda", "default": False}
+    cuda = stored[0] | {"backend": "cuda", "default": False, "gated": False}
     monkeypatch.setattr(ledger, "collect", lambda: Ledger([*stored, cuda], [], ["sm_100: a remark"]))
     monkeypatch.setattr(ledger, "find_nvcc", lambda: "/usr/local/cuda/bin/nvcc")
     assert ledger.main(["--write", "--check"]) == 0

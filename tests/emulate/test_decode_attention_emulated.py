@@ -19,7 +19,7 @@ from tests.emulate.decode_attention_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
 
-SOME = MUTATIONS[::9]
+SOME = MUTATIONS[::18]
 FILES = ["decode_attention*", "common/*"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -19,7 +19,7 @@ from tests.emulate.window_attention import formula as forward_formula
 from tests.emulate.window_attention_backward_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
-SOME = MUTATIONS[::9]
+SOME = MUTATIONS[::18]
 FILES = ["window_attention_backward*", "window_attention_segments*", "common/*"]
 SEEDS = range(6)
 

@@ -18,7 +18,7 @@ from tests.emulate import window_attention as emulator
 from tests.emulate.window_attention_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
-SOME = MUTATIONS[::9]
+SOME = MUTATIONS[::18]
 FILES = ["window_attention.*", "window_attention_[!b]*", "common/*"]
 SEEDS = range(6)  # each kind of patience, with fixed priorities and without
 
