@@ -72,7 +72,7 @@ struct BackwardConsumer {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float& score = scores[4 * i + 2 * r + c];
-          score = row(r) < work.num_keys ? exp2f(fmaf(score, launch.scale_log2, -lse)) : 0.0f;
+          score = row(r) < work.num_keys ? ptx::exp2_approx(fmaf(score, launch.scale_log2, -lse)) : 0.0f;
         }
       }
     }

@@ -42,7 +42,7 @@ __device__ __forceinline__ void to_weights(float (&scores)[N], RowStatistics& ro
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& score = scores[i + 2 * r + c];
-        score = exp2f(fmaf(score, scale_log2, -shift));
+        score = ptx::exp2_approx(fmaf(score, scale_log2, -shift));
         sum += score;
       }
     }

@@ -149,7 +149,7 @@ __device__ __forceinline__ void pack(const float (&values)[N], uint32_t (&packed
 
 // 2^(a - b); b = -inf, which only a row without any number has, counts as 0 and so gives 0 for a = -inf.
 __device__ __forceinline__ float shifted_exp2(float a, float b) {
-  return exp2f(a - (b == -INFINITY ? 0.0f : b));
+  return ptx::exp2_approx(a - (b == -INFINITY ? 0.0f : b));
 }
 
 }  // namespace infimm

@@ -21,6 +21,7 @@ from tests.emulate.window_attention_backward_mutations import MUTATIONS
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
 SOME = MUTATIONS[::18]
 FILES = ["window_attention_backward*", "window_attention_segments*", "common/*"]
+LONG = [pytest.param(length, marks=pytest.mark.long) for length in (1024, 1026)]
 SEEDS = range(6)
 
 
@@ -134,7 +135,7 @@ def launch_unaligned(library):
         launch(library, q, torch.nn.functional.pad(k, (3, 0))[..., 3:], v, q, *lengths)
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 128, 129, 257, 1024, 1025, 1026])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 128, 129, 257, 1025, *LONG])
 def test_equal_windows(library, length):
     for prefix in (0, 1):
         check(library, example([length] * 2), prefix=prefix, uniform=True, seed=length)

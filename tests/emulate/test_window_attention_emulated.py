@@ -20,6 +20,7 @@ from tests.emulate.window_attention_mutations import MUTATIONS
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
 SOME = MUTATIONS[::18]
 FILES = ["window_attention.*", "window_attention_[!b]*", "common/*"]
+LONG = [pytest.param(length, marks=pytest.mark.long) for length in (1024, 1026)]
 SEEDS = range(6)  # each kind of patience, with fixed priorities and without
 
 
@@ -119,7 +120,7 @@ def launch_unaligned(library):
         launch(library, torch.nn.functional.pad(q, (3, 0))[..., 3:], k, v, *lengths)
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 128, 129, 257, 1024, 1025, 1026])
+@pytest.mark.parametrize("length", [1, 2, 63, 128, 129, 257, 1025, *LONG])
 def test_equal_windows(library, length):
     for prefix in (0, 1):
         check(library, example([length] * 2), prefix=prefix, uniform=True, num_sms=3, seed=length)

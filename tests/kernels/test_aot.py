@@ -32,8 +32,18 @@ def compiled(module: str, shard: int, default_only: bool) -> list[tuple[str, str
     return rows
 
 
-@pytest.mark.parametrize("which", ["default", pytest.param("all", marks=pytest.mark.long)])
-@pytest.mark.parametrize("module", aot.modules())
+# In the short run those that most calls go through.
+QUICK = ("infimm_kernels.attention.triton_launch", "infimm_kernels.gated_residual.triton_forward")
+
+
+@pytest.mark.parametrize(
+    ("module", "which"),
+    [
+        pytest.param(module, which, marks=() if module in QUICK and which == "default" else pytest.mark.long)
+        for module in aot.modules()
+        for which in ("default", "all")
+    ],
+)
 def test_shipped_configurations_compile(module, which):
     pytest.importorskip("triton")
     parts = aot.in_processes(compiled, [(module, shard, which == "default") for shard in range(SHARDS)])

@@ -7,6 +7,7 @@
 
 namespace infimm::ptx {
 
+inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline std::uint32_t shared_window() { return shim::kWindow; }
 inline uint4 load_shared_16(std::uint32_t address) { return shim::load_shared<uint4>(address); }
 inline uint2 load_shared_8(std::uint32_t address) { return shim::load_shared<uint2>(address); }
