@@ -207,8 +207,8 @@ struct BackwardConsumer {
     for (int i = 0; i < HEAD_DIM / 2; ++i) dk[i] = dv[i] = dq[i] = 0.0f;
     shared.key_barrier().wait(0);
     if (work.num_keys < kBackwardKeys) {
+      // Of the values a row meets its own gradients alone, which are left out.
       clear_rows(shared.keys(), work.num_keys, kBackwardKeys);
-      clear_rows(shared.values(), work.num_keys, kBackwardKeys);
       ptx::fence_async_proxy();
       meet_consumers();
     }

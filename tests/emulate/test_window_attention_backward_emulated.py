@@ -112,6 +112,7 @@ def check_everything(library):
         problem = example([40, 7, 129, 1, 128], [300, 0, 128, 65, 256], heads=4, kv_heads=2, seed=seed)
         check(library, problem, seed=seed)
     check(library, example([257] * 3, heads=2), prefix=1, uniform=True, seed=5)
+    check(library, example([200] * 2), prefix=1, uniform=True)
     check(library, example([5, 140, 3, 200], [200, 4, 133, 8]), prefix=5, seed=1)
     check(library, example([3, 140] * 20, [9, 60] * 20), seed=2)
     check_strides_apart(library)

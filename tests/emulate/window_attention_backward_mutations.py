@@ -260,11 +260,6 @@ IN_CONSUMER = [
         "kBackwardQueries);\n      ptx::fence_async_proxy();\n",
     ),
     ("tail of the keys not cleared", "      clear_rows(shared.keys(), work.num_keys, kBackwardKeys);\n", ""),
-    (
-        "tail of the values not cleared",
-        "      clear_rows(shared.values(), work.num_keys, kBackwardKeys);\n",
-        "",
-    ),
     ("cleared keys not published", "kBackwardKeys);\n      ptx::fence_async_proxy();\n", "kBackwardKeys);\n"),
     ("dk not scaled", "p.dk_stride_head, p.softmax_scale);", "p.dk_stride_head, 1.0f);"),
     ("dv scaled", "p.dv_stride_head, 1.0f);", "p.dv_stride_head, p.softmax_scale);"),
