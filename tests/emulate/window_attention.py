@@ -19,8 +19,8 @@ class EmulatedExtension:
 
     DTYPES = hopper.DTYPES
 
-    def __init__(self, library: ctypes.CDLL, num_sms: int = 2, seed: int = 0):
-        self.library, self.num_sms, self.seed = library, num_sms, seed
+    def __init__(self, compiled: ctypes.CDLL, num_sms: int = 2, seed: int = 0):
+        self.compiled, self.num_sms, self.seed = compiled, num_sms, seed
         self.streams = []
 
     def window_attention(self, *, softmax_scale: float, device: int | None, stream: int, **arguments) -> None:
@@ -28,14 +28,14 @@ class EmulatedExtension:
         self.streams.append(stream)
         rows = arguments["total_q"] * arguments["num_heads"]
         guarded = hopper.Guarded({"out": rows * arguments["head_dim"] * 2, "lse": rows * 4})
-        error = self.library.emulate_window_attention(
+        error = self.compiled.emulate_window_attention(
             hopper.pointers(arguments | guarded.addresses, POINTERS),
             hopper.integers(arguments, POINTERS),
             ctypes.c_float(softmax_scale),
             ctypes.c_uint(self.num_sms),
             ctypes.c_uint64(self.seed),
         )
-        hopper.raise_on(error, self.library)
+        hopper.raise_on(error, self.compiled)
         guarded.copy_back(arguments)
 
 

@@ -17,8 +17,8 @@ class EmulatedExtension:
 
     DTYPES = hopper.DTYPES
 
-    def __init__(self, library: ctypes.CDLL, seed: int = 0):
-        self.library, self.seed = library, seed
+    def __init__(self, compiled: ctypes.CDLL, seed: int = 0):
+        self.compiled, self.seed = compiled, seed
         self.streams = []
 
     def window_attention_backward(
@@ -28,13 +28,13 @@ class EmulatedExtension:
         self.streams.append(stream)
         size = arguments["total_q"] * arguments["num_heads"] * arguments["head_dim"] * 4
         guarded = hopper.Guarded({"dq_sum": size}, {"dq_sum": arguments["dq_sum"]})
-        error = self.library.emulate_window_attention_backward(
+        error = self.compiled.emulate_window_attention_backward(
             hopper.pointers(arguments | guarded.addresses, POINTERS),
             hopper.integers(arguments, POINTERS),
             ctypes.c_float(softmax_scale),
             ctypes.c_uint64(self.seed),
         )
-        hopper.raise_on(error, self.library)
+        hopper.raise_on(error, self.compiled)
         guarded.copy_back(arguments)
 
 
