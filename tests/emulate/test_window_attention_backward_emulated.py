@@ -73,6 +73,9 @@ def check(library, problem, *, prefix=0, scale=None, uniform=False, factor=2.0, 
     exact = list(emulator.formula(q, k, v, dout, cu_q, cu_k, scale, torch.float64))
     eager = emulator.formula(q, k, v, dout, cu_q, cu_k, scale)
     left_alone = prefix_rows(cu_k, prefix)
+    # dP - delta is 0 for a segment's only key, but for the float32 sums of both.
+    largest = [x.double().norm(dim=-1).max().item() if x.numel() else 0.0 for x in (q, k, v, dout)]
+    cancelled = 2**-22 * largest[2] * largest[3] * max(largest[:2]) * scale
     exact[0] = exact[0] - prefix_share(q, k, v, dout, cu_q, cu_k, scale, prefix)
     for name, result, expected, other in zip(("dq", "dk", "dv"), found, exact, eager, strict=True):
         if name == "dq":
@@ -82,11 +85,11 @@ def check(library, problem, *, prefix=0, scale=None, uniform=False, factor=2.0, 
         else:
             assert (result[left_alone] == 77).all(), f"{name} of a prefix key was written"
             result, expected, other = (x[~left_alone] for x in (result, expected, other))
-        if expected.numel() == 0:
-            continue
+        if expected.numel() == 0 or q.numel() == 0:
+            continue  # without any query the caller has zeroed dk and dv and launches nothing
         assert not result.isnan().any(), name
         rounding = torch.finfo(q.dtype).eps / 2 * expected.abs().max().item()
-        limit = factor * max((other - expected).abs().max().item(), rounding / 2)
+        limit = factor * max((other - expected).abs().max().item(), rounding / 2) + cancelled
         assert (result - expected).abs().max().item() <= limit, name
 
 
@@ -233,6 +236,17 @@ def test_refuses_what_it_cannot_serve(library):
         q, k, v, *lengths = example([9])
         with pytest.raises(RuntimeError, match="CUDA error 1 "):
             launch(library, q, k, v, q, *lengths, **wrong)
+
+
+def test_no_query_at_all(library):
+    """The long run's problem 42, which the check itself could not take."""
+    check(library, example([0], [191], head_dim=64))
+
+
+def test_a_segment_of_one_key(library):
+    """Its dq and dk are 0 and eager's exactly so: the long run's problem 31 allowed no rounding at all."""
+    for lengths in ([1], [1, 1, 1]):
+        check(library, example([260] * len(lengths), lengths))
 
 
 def random_problem(seed):
