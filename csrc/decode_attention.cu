@@ -50,9 +50,12 @@ bool aligned(const DecodeAttentionParams& p) {
   return (static_cast<int64_t>(addresses) | (strides * static_cast<int64_t>(sizeof(T)))) % 16 == 0;
 }
 
+// One query row for each key head is the usual step of a generation, for which the half-precision types have
+// a kernel of their own; float32 has none, for the time it takes to compile.
 template <typename T, int LANES>
 cudaError_t launch_rows(const DecodeAttentionParams& p, cudaStream_t stream) {
-  if (p.text_len * p.num_heads == p.num_kv_heads) return launch<T, LANES, 1, 16>(p, stream);
+  if constexpr (sizeof(T) == 2)
+    if (p.text_len * p.num_heads == p.num_kv_heads) return launch<T, LANES, 1, 16>(p, stream);
   return launch<T, LANES, 8, 16>(p, stream);
 }
 

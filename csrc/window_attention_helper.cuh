@@ -71,7 +71,7 @@ struct WindowHelper {
     const float before = ptx::load_shared_float(s.largest);
     const float largest = fmaxf(before, warp_max(score));
     const float rescale = shifted_exp2(before, largest);
-    const float weight = lane < count ? shifted_exp2(score, largest) : 0.0f;
+    const float weight = shifted_exp2(score, largest);
     const float sum = fmaf(ptx::load_shared_float(s.sum), rescale, group_sum<kWarpSize>(weight));
     const int channel = lane * kLaneChannels;
     const bool has_channels = channel < HEAD_DIM;

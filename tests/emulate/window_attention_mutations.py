@@ -304,11 +304,6 @@ IN_HELPER = [
         "const uint4 k = key_piece(lane, piece);",
         "const uint4 k = key_piece(0, piece);",
     ),
-    (
-        "keys that do not exist",
-        "const float weight = lane < count ? shifted",
-        "const float weight = true ? shifted",
-    ),
     ("weights of one lane", "__shfl_sync(kWholeWarp, weight, row)", "__shfl_sync(kWholeWarp, weight, 0)"),
     ("rescale forgotten", "(channel + i) * 4) * rescale;", "(channel + i) * 4);"),
     (

@@ -36,6 +36,7 @@ def test_cuda_wheel_holds_the_package_alone(cuda_wheel):
     assert python_files() <= contents(wheel)
     assert [re.sub(r"\.cpython.*", "", name) for name in extra] == ["infimm_kernels/_C"]
     assert "none-any" not in wheel.name
+    assert wheel.stat().st_size < 10e6
     assert NOTICE not in printed
 
 
