@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.baselines import ATTENTION
 from bench.problem import OURS
-from bench.results import RESULTS, ROOT, load
+from bench.results import RESULTS, ROOT, load, of_gpu_runs
 
 Entry = dict[str, Any]
 README = ROOT / "README.md"
@@ -282,7 +282,7 @@ def _where(places: list[str], of: int) -> str:
 def readme_block(folder: Path = RESULTS, ledger: Path = LEDGER) -> str:
     """What stands between the comments of README.md."""
     newest: dict[str, tuple[str, str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in of_gpu_runs(folder):
         document = load(path)
         found = document["header"]
         if found["compute_capability"] is not None:
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(str(error))
         return 0
-    paths = options.results or sorted(RESULTS.glob("*.json"))
+    paths = options.results or of_gpu_runs()
     if not paths:
         parser.error(f"no result file in {RESULTS.relative_to(ROOT)}; `make gpu` writes one")
     from bench.plots import draw  # here, so that --readme and bench.gpu need no matplotlib

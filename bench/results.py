@@ -112,6 +112,11 @@ def default_path(found: dict[str, Any], folder: Path = RESULTS) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
+def of_gpu_runs(folder: Path = RESULTS) -> list[Path]:
+    """The files of bench.gpu in `folder`; those of bench.miniature lie beside them."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("miniature-"))
+
+
 def load(path: Path) -> dict[str, Any]:
     """Raises ValueError when the file is no result file."""
     try:

@@ -50,7 +50,7 @@ class MixtureOfResolutionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         check_pixels(pixel_values, self.config.input_size)
-        coarse = self._convnext_tokens(pixel_values)  # [n, cells, channels]
+        coarse = self.convnext_tokens(pixel_values)  # [n, cells, channels]
         x = self.vit.embed(_resized_image(pixel_values, self.config.window_size))
         start = 0
         for adapter, end in zip(self.adapters.stages, self._adapter_places(), strict=True):
@@ -73,7 +73,7 @@ class MixtureOfResolutionEncoder(nn.Module):
         parts = len(self.adapters.stages) + 1
         return [i * self.config.num_active_layers // parts for i in range(1, parts)]
 
-    def _convnext_tokens(self, pixel_values: Tensor) -> Tensor:
+    def convnext_tokens(self, pixel_values: Tensor) -> Tensor:
         """The last grid, without pooling, [n, cells, channels], row by row."""
         embeddings = self.convnext.embeddings
         x = embeddings(pixel_values.to(embeddings.patch_embeddings.weight.dtype))

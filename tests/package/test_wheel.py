@@ -66,6 +66,7 @@ def test_metadata(pure_wheel):
         "train",
         "demo",
         "bench",
+        "lmms",
         "rivals",
         "test",
     }

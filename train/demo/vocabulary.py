@@ -19,9 +19,9 @@ WORDS = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
     """Splits at white space. A word it does not know raises: there is no unknown token to hide it."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *WORDS))}
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
