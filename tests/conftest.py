@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[function] % sample.args[0] != 0:
                 item.add_marker(pytest.mark.long)
             cases[function] += 1
-        builds = "cuda_wheel" in getattr(item, "fixturenames", ())
+        builds = {"cuda_wheel", "extension_file"} & set(getattr(item, "fixturenames", ()))
         if (item.get_closest_marker("long") or builds) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))
     if torch.cuda.is_available():

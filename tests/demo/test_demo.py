@@ -60,6 +60,7 @@ def test_bad_options_are_refused_before_any_training(arguments, message, capsys)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_failing_arm_ends_both_and_shows_its_log(tmp_path):
     """The arms are processes: one that stops must not leave the other running, or its reason in a file."""
     with pytest.raises(RuntimeError, match="(?s)the arm '(windows|one_view)' stopped.*init_from must be"):

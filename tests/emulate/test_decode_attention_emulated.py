@@ -261,6 +261,7 @@ def test_scores_that_are_no_numbers(library, score):
         check(library, tensors)
 
 
+@pytest.mark.long
 def test_the_sanitizers_find_nothing(tmp_path):
     """Buffers without slack: a read or store outside one, shared memory included, ends the program."""
     program = emulator.build_program(tmp_path)

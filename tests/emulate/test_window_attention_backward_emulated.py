@@ -19,7 +19,7 @@ from tests.emulate.window_attention import formula as forward_formula
 from tests.emulate.window_attention_backward_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
-SOME = MUTATIONS[::18]
+SOME = MUTATIONS[::36]
 FILES = ["window_attention_backward*", "window_attention_segments*", "common/*"]
 LONG = [pytest.param(length, marks=pytest.mark.long) for length in (1024, 1026)]
 SEEDS = range(6)
@@ -145,6 +145,7 @@ def test_equal_windows(library, length):
         check(library, example([length] * 2), prefix=prefix, uniform=True, seed=length)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 112])
@@ -159,6 +160,7 @@ def test_prefix_tokens(library, prefix):
     check(library, example([5, 140, 3, 200], [200, 4, 133, 8]), prefix=prefix, seed=prefix)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_text_over_images(library, seed):
     """Gated cross-attention: heads of 64, groups of them on one key head, texts without images and images
@@ -287,6 +289,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
         assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr[-4000:]}"
 
 
+@pytest.mark.long
 def test_what_make_gpu_asks_on_hopper(library, tmp_path):
     """bench.hopper on both kernels, as compute-sanitizer is to see them; and that it tells a wrong result."""
     emulated = forward.EmulatedExtension(forward.KERNEL.build(tmp_path))

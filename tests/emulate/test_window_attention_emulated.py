@@ -18,7 +18,7 @@ from tests.emulate import window_attention as emulator
 from tests.emulate.window_attention_mutations import MUTATIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
-SOME = MUTATIONS[::18]
+SOME = MUTATIONS[::36]
 FILES = ["window_attention.*", "window_attention_[!b]*", "common/*"]
 LONG = [pytest.param(length, marks=pytest.mark.long) for length in (1024, 1026)]
 SEEDS = range(6)  # each kind of patience, with fixed priorities and without
@@ -129,6 +129,7 @@ def test_equal_windows(library, length):
         check(library, example([length] * 2), prefix=prefix, uniform=True, num_sms=3, seed=length)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 112, 128])
@@ -144,6 +145,7 @@ def test_prefix_tokens(library, prefix):
     check(library, problem, prefix=prefix, seed=prefix)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_text_over_images(library, seed):
     """Gated cross-attention: heads of 64, groups of them on one key head, texts without images."""

@@ -145,7 +145,7 @@ def products(monkeypatch):
     return called
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", [*FLOATS, *MIXED_DTYPES], ids=str)
 @masked_or_not
 def test_large_inner_is_left_to_the_library(dtype, masked, products, interpreter):

@@ -122,7 +122,7 @@ def test_gpu(samples, dtype):
     check(samples, None, dtype=dtype, num_heads=4, num_kv_heads=2, head_dim=64, device="cuda")
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(8)
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("side", ["key_ranges", "query_ranges"])

@@ -134,7 +134,7 @@ def test_out(options, dtype):
     check_out(torch.randn(5, 10, 12).to(dtype), **options)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("options", CASES[1:4], ids=str)
 def test_out_in_the_interpreter(options, dtype, interpreter):

@@ -49,7 +49,7 @@ def check(q, k, v, cu_q, cu_k, with_dlse=True, **options):
         assert_within_twice_eager(f"d{name}", *three)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1, 2, 8])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_ragged_segments(lengths, num_prefix_tokens, architecture):
@@ -60,7 +60,7 @@ def test_float16(architecture):
     check(*attention_inputs(*LENGTHS[2], 1, 1, 112, torch.float16), num_prefix_tokens=1)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("head_dim", [16, 20, 64, 72, 80, 88, 96, 104, 128, 160])
 def test_head_dims(head_dim, architecture):
     lengths = (66, 1, 0, 40)
@@ -169,7 +169,7 @@ def check_windows(qkv, num_prefix_tokens):
         assert_within_twice_eager(f"d{name}", *three)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("seqlen", "num_prefix_tokens"), [(257, 1), (129, 1), (128, 0), (133, 5), (130, 1)])
 def test_equal_windows(seqlen, num_prefix_tokens, architecture):
     """Whole tiles behind the prefix take code without masks; 130 tokens do not."""
@@ -177,7 +177,7 @@ def test_equal_windows(seqlen, num_prefix_tokens, architecture):
     check_windows(qkv, num_prefix_tokens)
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("seqlen", [1024, 1025, 1026])
 def test_a_window_of_448_pixels(seqlen, architecture):
     qkv = torch.randn(1, seqlen, 3, 1, 112).bfloat16().requires_grad_()

@@ -68,6 +68,7 @@ def test_float32_has_a_sum_per_layer(interpreter):
     check(make_inputs(1, 40, 32, 512, 8, torch.float32), {}, backend="triton")
 
 
+@pytest.mark.long
 def test_float32_has_a_sum_per_some_rows(interpreter):
     """One running sum over so many rows had 2.3 times the error of eager PyTorch."""
     check(make_inputs(10, 1025, 32, 32, 1, torch.float32), {}, backend="triton")

@@ -84,6 +84,14 @@ def unpack(wheel: Path, target: Path) -> Path:
     return target
 
 
+def installed_extension() -> Path | None:
+    """The checkout's own extension, as `make` builds it; None where it is missing or older than a source."""
+    found = list((ROOT / "infimm_kernels").glob("_C*.so"))
+    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    newest = max(path.stat().st_mtime for path in sources)
+    return found[0] if len(found) == 1 and found[0].stat().st_mtime > newest else None
+
+
 def extension_in(folder: Path) -> Path:
     (found,) = (folder / "infimm_kernels").glob("_C*.so")
     return found

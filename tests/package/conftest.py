@@ -6,6 +6,7 @@ from filelock import FileLock
 
 from tests.package import building
 
+DEFAULT_ARCHS = ["80+PTX", "90a"]
 BUILD_TOOLS = [name for name in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(name) is None]
 
 
@@ -35,9 +36,19 @@ def cuda_wheel(checkout, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compiled(cuda_wheel):
-    """The extension of `cuda_wheel`, imported."""
-    return building.load_extension(building.extension_in(cuda_wheel[1]))
+def extension_file(request):
+    """The compiled module: the checkout's own where it is the default build of these sources, else that of
+    `cuda_wheel`."""
+    installed = building.installed_extension()
+    if installed is not None and building.load_extension(installed).build_info()["archs"] == DEFAULT_ARCHS:
+        return installed
+    return building.extension_in(request.getfixturevalue("cuda_wheel")[1])
+
+
+@pytest.fixture(scope="session")
+def compiled(extension_file):
+    """`extension_file`, imported."""
+    return building.load_extension(extension_file)
 
 
 @pytest.fixture(scope="session")

@@ -39,14 +39,14 @@ def output_of(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_links_neither_torch_nor_cuda(cuda_wheel):
-    libraries = output_of("ldd", str(building.extension_in(cuda_wheel[1])))
+def test_links_neither_torch_nor_cuda(extension_file):
+    libraries = output_of("ldd", str(extension_file))
     assert "libstdc++" in libraries
     assert not re.search(r"torch|c10|cudart|libcuda|python", libraries)
 
 
-def test_holds_machine_code_and_ptx(cuda_wheel):
-    path, tool = str(building.extension_in(cuda_wheel[1])), cuda_tool("cuobjdump")
+def test_holds_machine_code_and_ptx(extension_file):
+    path, tool = str(extension_file), cuda_tool("cuobjdump")
     assert set(re.findall(r"sm_\d+\w?", output_of(tool, "--list-elf", path))) == {"sm_80", "sm_90a"}
     assert set(re.findall(r"sm_\d+\w?", output_of(tool, "--list-ptx", path))) == {"sm_80"}
 
@@ -137,6 +137,7 @@ def loader_in(package_parent, code):
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_loader_finds_the_module(cuda_wheel):
     found = loader_in(cuda_wheel[1], "[extension.why_not(), extension.load().build_info()['archs']]")
     assert found == [None, ["80+PTX", "90a"]]

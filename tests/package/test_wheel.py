@@ -30,6 +30,7 @@ def contents(wheel):
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
+@pytest.mark.long
 def test_cuda_wheel_holds_the_package_alone(cuda_wheel):
     wheel, _, printed = cuda_wheel
     extra = contents(wheel) - python_files()

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infimm_kernels import backends, extension, varlen_attention
 from infimm_kernels.attention import cuda
-from tests.package import building
 from tests.package.test_extension import cuda_tool, output_of
 
 POINTERS = ("q", "k", "v", "out", "lse")
@@ -32,9 +31,9 @@ BACKWARD = {
 
 
 @pytest.fixture(scope="module")
-def code(cuda_wheel):
+def code(extension_file):
     """By (kernel, dtype, head_dim), how often each instruction stands in it."""
-    sass = output_of(cuda_tool("cuobjdump"), "-sass", "-arch", "sm_90a", building.extension_in(cuda_wheel[1]))
+    sass = output_of(cuda_tool("cuobjdump"), "-sass", "-arch", "sm_90a", extension_file)
     found = {}
     for name, listing in re.findall(r"Function : (\S+)\n(.*?)(?=\tFunction : |\Z)", sass, re.DOTALL):
         kernel = re.search(r"(window_attention\w*)_kernelI\d*(\w+?)Li(\d+)E", name)
