@@ -21,11 +21,23 @@ from model.image import CLIP_MEAN, CLIP_STD
 from model.infimm_hd import IGNORE_INDEX
 from model.mixture_of_resolution import MixtureOfResolutionEncoder
 from model.vision import VisionTransformer
-from train.data.painting import COLOUR_NAMES
-from train.demo.painted import DIGITS
-from train.demo.warmup import cosine, scatter_strings
+from train.data.painting import COLOUR_NAMES, shade
+from train.demo.painted import DIGITS, glyph, random_string
+from train.demo.warmup import cosine
 
-from .pages import PLACES, WORD_LENGTH, Question, Word, draw_turns, ground, random_words, tokenizer
+from .pages import (
+    PLACES,
+    WORD_LENGTH,
+    Question,
+    Word,
+    draw_turns,
+    ground,
+    label_size,
+    margin,
+    paint_label,
+    random_words,
+    tokenizer,
+)
 from .sizes import Size, WarmUp, base_config, mixture_of
 from .storage import load_tensors, save_tensors
 
@@ -35,6 +47,8 @@ CLASSES = (len(DIGITS) + 1, len(COLOUR_NAMES) + 1, WORD_LENGTH + 1)
 CLASS_WEIGHTS = (1.0, 1.0, 0.5)
 TOLD_SHARE = 0.8
 """Of the LLM's texts; in the others nothing is told, and it learns what is likely."""
+ATTEMPTS = 30
+"""To place a label on a page at its native size: some ten of them find room."""
 KEEP_EVERY = 200
 """Steps between two states on disk."""
 
@@ -68,8 +82,7 @@ class FullPages(Dataset):
         factor = (2, 4)[index % 2] if self.low else (1, 2, 1)[index % 3]
         side = self.size.page
         canvas = ground(rng, "train", side * factor)
-        attempts = 10 * factor**2
-        shown = scatter_strings(rng, canvas, self.size.font_sizes, attempts, (WORD_LENGTH,), 1, 1.0)
+        shown = fill(rng, canvas, self.size.font_sizes, ATTEMPTS * factor**2)
         pixels = torch.from_numpy(np.clip(canvas, 0, 255)).permute(2, 0, 1)
         marks = torch.from_numpy(shown)
         if factor > 1:
@@ -77,6 +90,37 @@ class FullPages(Dataset):
             marks = marks[:, factor // 2 :: factor, factor // 2 :: factor]
         mean, std = (torch.tensor(v).view(3, 1, 1) * 255.0 for v in (CLIP_MEAN, CLIP_STD))
         return (pixels - mean) / std, marks.contiguous()
+
+
+def fill(
+    rng: np.random.Generator, canvas: np.ndarray, font_sizes: Sequence[int], attempts: int
+) -> np.ndarray:
+    """Paints labels all over a square `canvas` [size, size, 3] float32 in place, none over another.
+
+    Returns a map [3, size, size] uint8 of what each pixel shows: digit + 1, colour + 1, index in its word
+    + 1, and 0 beside the digits."""
+    size = len(canvas)
+    shown, taken = np.zeros((3, size, size), np.uint8), np.zeros((size, size), bool)
+    fonts = rng.choice(np.array(font_sizes), attempts)
+    places = rng.random((attempts, 2))
+    colours = rng.integers(len(COLOUR_NAMES), size=attempts)
+    for font, place, colour in zip(fonts.tolist(), places, colours.tolist(), strict=True):
+        height, width = label_size(font)
+        top, left = (
+            int(share * (size - side + 1)) for share, side in zip(place, (height, width), strict=True)
+        )
+        box = np.s_[top : top + height, left : left + width]
+        if taken[box].any():
+            continue
+        taken[box] = True
+        text = random_string(rng, WORD_LENGTH, "train")
+        paint_label(canvas, text, font, left, top, shade(rng, colour))
+        edge, (cell_height, advance) = margin(font), glyph("0", font).shape
+        for i, digit in enumerate(text):
+            start = left + edge + i * advance
+            cell = shown[:, top + edge : top + edge + cell_height, start : start + advance]
+            cell[:] = np.array([DIGITS.index(digit) + 1, colour + 1, i + 1], np.uint8)[:, None, None]
+    return shown
 
 
 class ToldTexts(Dataset):

@@ -8,11 +8,14 @@ import pytest
 
 from bench.miniature.pages import (
     COUNTS,
+    INK,
     KINDS,
     PLACES,
     Pages,
     Word,
     draw_turns,
+    label_size,
+    margin,
     questions,
     random_words,
     tokenizer,
@@ -20,7 +23,7 @@ from bench.miniature.pages import (
 from train.data.painting import COLOUR_NAMES, COLOUR_VALUES
 from train.demo.painted import glyph, is_held_out
 
-PAGES = Pages(size=128, font_sizes=(12, 24, 44))
+PAGES = Pages(size=128, font_sizes=(16, 22, 44))
 
 
 def test_a_page_depends_on_its_number_alone():
@@ -40,24 +43,25 @@ def test_words_stand_in_quarters_of_their_own(split):
         assert list(page.words) == sorted(page.words, key=lambda w: w.place)
         for word in page.words:
             assert is_held_out(word.text) == (split == "held_out")
-            height, advance = glyph("0", word.font_size).shape
+            height, width = label_size(word.font_size)
             row, column = divmod(word.place, 2)
-            assert 64 * column <= word.left and word.left + 2 * advance <= 64 * (column + 1)
+            assert 64 * column <= word.left and word.left + width <= 64 * (column + 1)
             assert 64 * row <= word.top and word.top + height <= 64 * (row + 1)
             lefts.add(word.left % 8)
             sizes.add(word.font_size)
     assert lefts == set(range(8)), "text stands on the patch grid"
-    assert sizes == {12, 24, 44}
+    assert sizes == {16, 22, 44}
 
 
-def test_what_is_painted_has_its_colour():
+def test_a_label_has_its_colour_and_its_text():
     for page in (PAGES[i] for i in range(20)):
         for word in page.words:
-            ink = glyph(word.text[0], word.font_size) > 0.9
-            height, width = ink.shape
-            cell = page.pixels[word.top : word.top + height, word.left : word.left + width][ink].astype(float)
-            nearest = np.abs(COLOUR_VALUES - cell.mean(0)).sum(1).argmin()
+            coverage, edge = glyph(word.text[0], word.font_size), margin(word.font_size)
+            top, left = word.top + edge, word.left + edge
+            cell = page.pixels[top : top + coverage.shape[0], left : left + coverage.shape[1]].astype(float)
+            nearest = np.abs(COLOUR_VALUES - cell[coverage < 0.1].mean(0)).sum(1).argmin()
             assert nearest == word.colour
+            assert np.abs(cell[coverage > 0.9] - INK).max() < 30
 
 
 def test_answers():

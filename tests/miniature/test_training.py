@@ -165,14 +165,16 @@ def test_answers_are_those_of_generate(trained):
 
 
 def test_a_model_learns_from_the_pages(warm):
-    """A few steps on one sample, whose answers it then knows: pixels, labels and optimizer are joined up."""
+    """A few steps on three samples: labels, gates and optimizer are joined up."""
     reader, samples = arguments_of("dynamic", warm)
     optimizer = torch.optim.AdamW(
-        [p for p in reader.model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.0
+        [p for p in reader.model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
     )
-    for _ in range(40):
+    losses = []
+    for _ in range(30):
         loss = reader.model(**reader.arguments(samples)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert ask(reader, samples) == [True] * len(samples)
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]

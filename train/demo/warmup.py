@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -98,26 +97,11 @@ def scattered_strings(
     Returns pixels [size, size, 3] float32 and a map [3, size, size] uint8: character + 1, colour + 1, index
     in its string + 1, and 0 for the ground."""
     canvas = np.ascontiguousarray(crop(rng, "train", size, size))
-    shown = scatter_strings(rng, canvas, font_sizes, attempts, range(1, 5), snap, off_grid)
-    return np.clip(canvas, 0, 255), shown
-
-
-def scatter_strings(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    font_sizes: tuple[int, ...],
-    attempts: int,
-    lengths: Sequence[int],
-    snap: int,
-    off_grid: float,
-) -> np.ndarray:
-    """Paints strings all over a square `canvas` [size, size, 3] float32 in place; returns the map of it."""
-    size = len(canvas)
     shown = np.zeros((3, size, size), np.uint8)
     for _ in range(attempts):
         font_size = int(rng.choice(font_sizes))
         height, advance = glyph("0", font_size).shape
-        text = random_string(rng, min(int(rng.choice(lengths)), size // advance), "train")
+        text = random_string(rng, min(int(rng.integers(1, 5)), size // advance), "train")
         width = advance * len(text)
         left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
         if rng.random() >= off_grid:
@@ -129,7 +113,7 @@ def scatter_strings(
         for i, character in enumerate(text):
             cell = shown[:, top : top + height, left + i * advance : left + (i + 1) * advance]
             cell[:] = np.array([DIGITS.index(character) + 1, colour + 1, i + 1], np.uint8)[:, None, None]
-    return shown
+    return np.clip(canvas, 0, 255), shown
 
 
 def _vision_batch(
