@@ -29,7 +29,7 @@ test: $(INSTALLED) lint
 SPEED := tests/kernels/test_cpu_speed.py
 
 test-long: $(INSTALLED)
-	$(PYTEST) -m long --ignore $(SPEED)
+	$(PYTEST) -m long --ignore $(SPEED) --durations=30 --durations-min=30
 	$(BIN)/python -m pytest -q -m long $(SPEED)
 
 reliability: $(INSTALLED)
