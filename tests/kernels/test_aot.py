@@ -39,9 +39,8 @@ QUICK = ("infimm_kernels.attention.triton_launch", "infimm_kernels.gated_residua
 @pytest.mark.parametrize(
     ("module", "which"),
     [
-        pytest.param(module, which, marks=() if module in QUICK and which == "default" else pytest.mark.long)
-        for module in aot.modules()
-        for which in ("default", "all")
+        *((module, "default") for module in QUICK),
+        *(pytest.param(module, "all", marks=pytest.mark.long) for module in aot.modules()),
     ],
 )
 def test_shipped_configurations_compile(module, which):
