@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser, options = _options(arguments)
     try:
         if options.document is not None:
+            if not options.document.is_file():
+                raise ValueError(f"--document must be a file, got {str(options.document)!r} (no such file)")
             document, folder = checked(load_json(options.document), options.document), None
         else:
             size = SIZES[options.size]

@@ -23,6 +23,8 @@ from .training import SECOND_PAGE, Reader, Sample, answers, evaluation_samples, 
 
 COLOURS = {"224": "#4c72b0", "448": "#dd8452", "dynamic": "#55a868"}
 SHOWN_ANSWERS = 12
+END = tokenizer().eos_token
+"""A dash on the sheet, where it stands in the place of a digit or a colour."""
 
 
 def draw_findings(document: Document, path: Path) -> None:
@@ -74,7 +76,7 @@ def _draw_sizes(document: Document, axes: Axes) -> None:
     axes.set_xticks(document["size"]["font_sizes"])
     axes.set_ylim(0, 102)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_bars(
@@ -179,12 +181,9 @@ def _draw_sheet(shown: Sequence[np.ndarray], given: Sequence[tuple], path: Path,
         for axes, pixels, (text, question) in zip(panels.flat, shown, given, strict=True):
             correct = text == question.answer
             axes.imshow(pixels, interpolation="nearest")
-            verdict = "right" if correct else f"wrong: {question.answer}"
-            axes.set_title(
-                f"{question.text}\n{text}   ({verdict})",
-                fontsize=10,
-                color="#1a7a3a" if correct else "#b02020",
-            )
+            verdict = "right" if correct else f"wrong, expected {question.answer}"
+            colour = "#1a7a3a" if correct else "#b02020"
+            axes.set_title(f"{question.text}\n{text.replace(END, '-')}\n{verdict}", fontsize=9, color=colour)
             axes.set_axis_off()
         figure.suptitle(f"Answers of the arm {arm} about held-out pages and words")
         figure.savefig(path, dpi=110)

@@ -175,6 +175,14 @@ def test_pictures(tmp_path):
     assert (tmp_path / "all.png").stat().st_size > 30_000 < 2 * (tmp_path / "one.png").stat().st_size
 
 
+def test_a_document_that_is_not_there_is_named(tmp_path, capsys):
+    """The message told to delete the file and to run again."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--document", str(tmp_path / "none.json")])
+    assert ended.value.code == 2
+    assert "--document must be a file" in capsys.readouterr().err
+
+
 def test_a_kept_document_is_enough(tmp_path, capsys, monkeypatch):
     path = tmp_path / "kept.json"
     save_json(path, DOCUMENT)
