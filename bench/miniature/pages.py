@@ -13,8 +13,8 @@ from train.data.painting import COLOUR_NAMES, shade
 from train.demo.painted import DIGITS, crop, glyph, paint, random_string
 from train.demo.vocabulary import build_tokenizer
 
-PLACES = ("left top", "right top", "left bottom", "right bottom")
-"""Quarters of a page, row by row."""
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+"""Quarters of a page, row by row; one token each."""
 COUNTS = ("two", "three", "four")
 WORD_LENGTH = 2
 KINDS = ("read", "place", "right_of", "below", "colour", "count")
@@ -31,8 +31,8 @@ INK = 12.0
 colours takes, and the labels still have to be told apart."""
 
 VOCABULARY = (
-    *("what", "is", "at", "of", "how", "many", "words", "?", "."),
-    *("left", "right", "top", "bottom", "below"),
+    *("what", "is", "at", "of", "how", "many", "words", "right", "below", "."),
+    *PLACES,
     *COUNTS,
     *DIGITS,
     "colour",
@@ -66,6 +66,8 @@ class Page:
 class Question:
     kind: str
     text: str
+    """Ends in what is looked up, without a question mark: an LLM this small then learns in some hundred steps
+    to look it up, and does not in thousands otherwise."""
     answer: str
     """Words of the vocabulary between single spaces."""
     target: int | None
@@ -80,19 +82,19 @@ def tokenizer():
 def questions(words: Sequence[Word]) -> list[Question]:
     """All questions that have an answer on a page with these words."""
     at = {word.place: i for i, word in enumerate(words)}
-    found = [Question("count", "how many words ?", COUNTS[len(words) - 2], None)]
+    found = [Question("count", "how many words", COUNTS[len(words) - 2], None)]
     for i, word in enumerate(words):
         spelled, colour = " ".join(word.text), COLOUR_NAMES[word.colour]
-        found.append(Question("read", f"what is {colour} ?", spelled, i))
-        found.append(Question("place", f"what is at {PLACES[word.place]} ?", spelled, i))
-        found.append(Question("colour", f"what colour is at {PLACES[word.place]} ?", colour, i))
+        found.append(Question("read", f"what is {colour}", spelled, i))
+        found.append(Question("place", f"what is at {PLACES[word.place]}", spelled, i))
+        found.append(Question("colour", f"what colour is at {PLACES[word.place]}", colour, i))
         left, above = at.get(word.place - 1), at.get(word.place - 2)
         if word.place % 2 == 1 and left is not None:
             beside = COLOUR_NAMES[words[left].colour]
-            found.append(Question("right_of", f"what is right of {beside} ?", spelled, i))
+            found.append(Question("right_of", f"what is right of {beside}", spelled, i))
         if word.place >= 2 and above is not None:
             over = COLOUR_NAMES[words[above].colour]
-            found.append(Question("below", f"what is below {over} ?", spelled, i))
+            found.append(Question("below", f"what is below {over}", spelled, i))
     return found
 
 

@@ -52,6 +52,9 @@ class Size:
     """More steps on windows of half the size, for the arms that stand for 224."""
     convnext: WarmUp
     language: WarmUp
+    language_reads_first: int
+    """Of its steps: in these it only spells words that are named by their colour. Among all kinds
+    of questions it does not learn to (bench/LOG.md)."""
     steps: int
     """Of an arm."""
     batch: int
@@ -60,7 +63,10 @@ class Size:
     two_pages: float
     """Share of the samples with two pages, each followed by half of the questions."""
     lr_joining: float
-    """Peak rate of gated blocks, connector and adapters."""
+    """Peak rate of gated blocks, connector and adapters, but for the gates."""
+    lr_gates: float
+    """Above `lr_joining`: while the gates are almost closed, Adam's steps in what they gate are noise, and
+    attention settles on that before it finds where a word stands (bench/LOG.md)."""
     lr_language: float
     train_pages: int
     evaluated_pages: int
@@ -86,24 +92,26 @@ SIZES = {
         vision_layers=4,
         convnext_depths=(1, 1, 2),
         convnext_widths=(32, 64, 128),
-        text_width=96,
+        text_width=128,
         text_heads=4,
-        text_layers=8,
-        interval=4,
+        text_layers=4,
+        interval=2,
         cross_heads=4,
         cross_head_dim=32,
         latents=4,
         resampler_layers=2,
         vision=WarmUp(steps=8000, batch=4, lr=3e-3),
         vision_low=WarmUp(steps=2000, batch=4, lr=1e-3),
-        convnext=WarmUp(steps=3000, batch=4, lr=2e-3),
-        language=WarmUp(steps=3000, batch=24, lr=3e-3),
-        steps=1200,
+        convnext=WarmUp(steps=20000, batch=4, lr=2e-3),
+        language=WarmUp(steps=4000, batch=16, lr=1e-3),
+        language_reads_first=1000,
+        steps=1000,
         batch=16,
         turns=4,
         two_pages=0.2,
         lr_joining=3e-3,
-        lr_language=1e-3,
+        lr_gates=0.05,
+        lr_language=2e-4,
         train_pages=6000,
         evaluated_pages=300,
         loader_workers=0,
@@ -123,8 +131,8 @@ SIZES = {
         convnext_widths=(48, 96, 192, 384),
         text_width=256,
         text_heads=4,
-        text_layers=8,
-        interval=4,
+        text_layers=4,
+        interval=2,
         cross_heads=4,
         cross_head_dim=64,
         latents=12,
@@ -132,13 +140,15 @@ SIZES = {
         vision=WarmUp(steps=6000, batch=48, lr=6e-4),
         vision_low=WarmUp(steps=1200, batch=48, lr=2e-4),
         convnext=WarmUp(steps=2000, batch=48, lr=1e-3),
-        language=WarmUp(steps=2500, batch=256, lr=1e-3),
+        language=WarmUp(steps=4000, batch=64, lr=7e-4),
+        language_reads_first=1000,
         steps=1500,
         batch=64,
         turns=4,
         two_pages=0.2,
         lr_joining=1.5e-3,
-        lr_language=5e-4,
+        lr_gates=0.05,
+        lr_language=1e-4,
         train_pages=12000,
         evaluated_pages=500,
         loader_workers=8,
@@ -179,7 +189,7 @@ def base_config(size: Size) -> InfiMMHDConfig:
             num_attention_heads=size.text_heads,
             num_key_value_heads=size.text_heads,
             max_position_embeddings=1024,
-            initializer_range=0.06,
+            initializer_range=0.02,
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
             pad_token_id=0,

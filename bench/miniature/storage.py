@@ -12,7 +12,7 @@ import torch
 
 from .sizes import Size
 
-VERSION = 1
+VERSION = 2
 """Of the pages, questions and trainings: a run of another version is not gone on with."""
 
 

@@ -155,9 +155,15 @@ def train(size: Size, reader: Reader, words: Sequence[Sequence[Word]], steps: in
     """The loss of every step. Pages and questions are the same for all arms of one seed."""
     model = reader.model.train()
     groups = model.parameter_groups()
-    rates = {"gated_cross_attention": size.lr_joining, "language": size.lr_language}
+    joining = groups["gated_cross_attention"]
+    gates = [p for name, p in joining if name.endswith("_gate")]
+    rates = (
+        (size.lr_gates, gates),
+        (size.lr_joining, [p for name, p in joining if not name.endswith("_gate")]),
+        (size.lr_language, [p for _, p in groups["language"]]),
+    )
     optimizer = torch.optim.AdamW(
-        [{"params": [p for _, p in groups[part]], "peak": rate, "lr": rate} for part, rate in rates.items()],
+        [{"params": parameters, "peak": rate, "lr": rate} for rate, parameters in rates if parameters],
         betas=(0.9, 0.98),
         weight_decay=0.01,
     )
@@ -186,7 +192,7 @@ def evaluation_samples(words: Sequence[Sequence[Word]]) -> list[tuple[str, Sampl
     for i in range(len(words) - 1):
         shared = {word.place for word in words[i]} & {word.place for word in words[i + 1]}
         if shared:
-            text = f"what is at {PLACES[min(shared)]} ?"
+            text = f"what is at {PLACES[min(shared)]}"
             pair = [(j, [next(q for q in questions(words[j]) if q.text == text)]) for j in (i, i + 1)]
             asked.append((SECOND_PAGE, pair))
     return asked

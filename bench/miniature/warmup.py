@@ -35,6 +35,7 @@ from .pages import (
     label_size,
     margin,
     paint_label,
+    questions,
     random_words,
     tokenizer,
 )
@@ -49,6 +50,8 @@ TOLD_SHARE = 0.8
 """Of the LLM's texts; in the others nothing is told, and it learns what is likely."""
 ATTEMPTS = 30
 """To place a label on a page at its native size: some ten of them find room."""
+START = 1
+"""Seed of the parts before their warm-up."""
 KEEP_EVERY = 200
 """Steps between two states on disk."""
 
@@ -124,7 +127,9 @@ def fill(
 
 
 class ToldTexts(Dataset):
-    """Words told in text and questions about them: item i is (input ids, labels), lists of int."""
+    """Words told in text and questions about them: item i is (input ids, labels), lists of int.
+
+    The first ones tell all words and ask for each by its colour, see `Size.language_reads_first`."""
 
     def __init__(self, size: Size, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -135,15 +140,21 @@ class ToldTexts(Dataset):
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng([self.seed, index])
+        only_reads = index < self.size.language_reads_first * self.size.language.batch
         pages = 2 if rng.random() < self.size.two_pages else 1
         # half of the texts hold the `<image>` of an arm, which says nothing here
         marked = rng.random() < 0.5
         parts = []
         for _ in range(pages):
             words = random_words(rng, "train", self.size.font_sizes)
-            context = told(words) if rng.random() < TOLD_SHARE else ""
+            context = told(words) if only_reads or rng.random() < TOLD_SHARE else ""
             context = f"<image> {context}" if marked else context
-            parts.append((context, draw_turns(rng, words, self.size.turns // pages)))
+            if only_reads:
+                asked = [q for q in questions(words) if q.kind == "read"]
+                turns = [asked[i] for i in rng.permutation(len(asked))]
+            else:
+                turns = draw_turns(rng, words, self.size.turns // pages)
+            parts.append((context, turns))
         return encoded(self.tokenizer, parts)
 
 
@@ -179,12 +190,14 @@ def padded(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> tu
 
 def warm_up_vision(size: Size, folder: Path, device: torch.device) -> None:
     """folder/vision.pt: the ViT for windows of `size.window` pixels."""
+    torch.manual_seed(START)
     vision = VisionTransformer(base_config(size).vision_config)
     _warm_up_encoder(size, folder, "vision", size.vision, vision, device)
 
 
 def warm_up_low_vision(size: Size, folder: Path, device: torch.device) -> None:
     """folder/vision_low.pt: the same ViT, trained on for windows of half the size."""
+    torch.manual_seed(START)
     vision = VisionTransformer(base_config(size).vision_config)
     vision.load_state_dict(load_tensors(folder / "vision.pt")["part"])
     vision.set_window_size(size.window // 2)
@@ -193,6 +206,7 @@ def warm_up_low_vision(size: Size, folder: Path, device: torch.device) -> None:
 
 def warm_up_convnext(size: Size, folder: Path, device: torch.device) -> None:
     """folder/convnext.pt: the ConvNeXt for whole pages."""
+    torch.manual_seed(START)
     config = base_config(size).vision_config
     config.mixture_of_resolution = mixture_of(size)
     encoder = MixtureOfResolutionEncoder(config)
@@ -251,6 +265,7 @@ def _dense_loss(tokens: Tensor, targets: Tensor, heads: nn.ModuleList, accuracy:
 
 def warm_up_language(size: Size, folder: Path, device: torch.device) -> None:
     """folder/language.pt: the LLM, which has read about words but seen none."""
+    torch.manual_seed(START)
     language = AutoModelForCausalLM.from_config(base_config(size).text_config).to(device)
     pad = tokenizer().pad_token_id
     right: list[float] = []
@@ -261,7 +276,10 @@ def warm_up_language(size: Size, folder: Path, device: torch.device) -> None:
         expected = labels[:, 1:]
         is_answer = expected != IGNORE_INDEX
         right.append((logits.argmax(-1) == expected)[is_answer].float().mean().item())
-        return F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=IGNORE_INDEX)
+        answers = F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=IGNORE_INDEX)
+        # all of the text as well: from answers alone some starts do not learn to look up
+        texts = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), ignore_index=pad)
+        return answers + texts
 
     data = ToldTexts(size, seed=_SEEDS["language"])
     found = _train(

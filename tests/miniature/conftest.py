@@ -25,6 +25,7 @@ TINY = dataclasses.replace(
     vision_low=STEPS,
     convnext=STEPS,
     language=STEPS,
+    language_reads_first=0,
     steps=2,
     batch=4,
     train_pages=6,

@@ -69,18 +69,18 @@ def test_answers():
     found = {q.text: (q.kind, q.answer) for q in questions(words)}
     first, second, third = (COLOUR_NAMES[i] for i in range(3))
     assert found == {
-        "how many words ?": ("count", "three"),
-        f"what is {first} ?": ("read", "1 2"),
-        f"what is {second} ?": ("read", "3 4"),
-        f"what is {third} ?": ("read", "5 6"),
-        "what is at left top ?": ("place", "1 2"),
-        "what is at right top ?": ("place", "3 4"),
-        "what is at right bottom ?": ("place", "5 6"),
-        "what colour is at left top ?": ("colour", first),
-        "what colour is at right top ?": ("colour", second),
-        "what colour is at right bottom ?": ("colour", third),
-        f"what is right of {first} ?": ("right_of", "3 4"),
-        f"what is below {second} ?": ("below", "5 6"),
+        "how many words": ("count", "three"),
+        f"what is {first}": ("read", "1 2"),
+        f"what is {second}": ("read", "3 4"),
+        f"what is {third}": ("read", "5 6"),
+        "what is at top-left": ("place", "1 2"),
+        "what is at top-right": ("place", "3 4"),
+        "what is at bottom-right": ("place", "5 6"),
+        "what colour is at top-left": ("colour", first),
+        "what colour is at top-right": ("colour", second),
+        "what colour is at bottom-right": ("colour", third),
+        f"what is right of {first}": ("right_of", "3 4"),
+        f"what is below {second}": ("below", "5 6"),
     }
 
 

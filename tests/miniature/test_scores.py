@@ -37,7 +37,7 @@ def document(rates=RATES, seeds=(0, 1, 2)):
         "kind": KINDS * PAGES,
         "page": [page for page in range(PAGES) for _ in KINDS],
         "font_size": [(12, 24, 44)[page % 3] for page in range(PAGES) for _ in KINDS],
-        "text": [f"what {kind} ?" for kind in KINDS] * PAGES,
+        "text": [f"what {kind}" for kind in KINDS] * PAGES,
         "answer": [str(rng.integers(10)) for _ in range(count)],
     }
     runs = [(arm, seed, "steps") for arm in rates for seed in seeds]

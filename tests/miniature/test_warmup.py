@@ -1,6 +1,7 @@
 """The shared warm-up: what it is taught, and that it survives being ended."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from bench.miniature.pages import Word, questions, tokenizer
 from bench.miniature.storage import load_tensors
 from bench.miniature.warmup import FullPages, ToldTexts, cells_of, cut, encoded
 from model.infimm_hd import IGNORE_INDEX
+from train.data.painting import COLOUR_NAMES
 
 from .conftest import CPU, TINY
 
@@ -54,6 +56,22 @@ def test_told_texts_hold_what_is_asked_for():
         marked += "<image>" in text
         assert any(label != IGNORE_INDEX for label in labels)
     assert 65 < told < 95 and 35 < marked < 65
+
+
+def test_the_first_texts_are_read_by_colour_alone():
+    """With all kinds from the start the LLM copied one of the told words, whichever was asked for, for as
+    long as it was trained."""
+    size = dataclasses.replace(TINY, language_reads_first=10)  # of two texts a step
+    tokens = tokenizer()
+    texts = [tokens.decode(ToldTexts(size, 0)[i][0]) for i in range(60)]
+    early, late = texts[:20], texts[20:]
+    assert all(" . " in text for text in early) and not all(" . " in text for text in late)
+    named = "|".join(COLOUR_NAMES)
+    for text in early:
+        asked = re.findall(r"what .*? <\|endofchunk\|>", text)
+        assert len(asked) >= 2
+        assert all(re.fullmatch(rf"what is ({named}) \d \d <\|endofchunk\|>", turn) for turn in asked)
+    assert any("how many" in text for text in late)
 
 
 class Ended(Exception):
