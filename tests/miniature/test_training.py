@@ -21,6 +21,7 @@ from bench.miniature.training import (
     restored,
     step_flops,
     steps_of,
+    train,
 )
 from model.infimm_hd import IGNORE_INDEX
 
@@ -165,6 +166,17 @@ def test_answers_are_those_of_generate(trained):
         assert (labels[0, -len(expected) :] == torch.tensor(expected)).all()
         written = model.generate(input_ids=prompt, max_new_tokens=1, **arguments)
         assert written[0, -1] == given[0]
+
+
+def test_gates_have_a_rate_of_their_own(warm):
+    """At the rate of what they gate they opened so late that the arm never learned where words stand."""
+    reader, _ = arguments_of("dynamic", warm)
+    before = {name: p.detach().clone() for name, p in reader.model.named_parameters()}
+    train(TINY, reader, reader.pages.words, 1, seed=0)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in reader.model.named_parameters()}
+    gates = [moved.pop(name) for name in list(moved) if name.endswith("_gate")]
+    assert gates == pytest.approx([TINY.lr_gates] * len(gates), rel=1e-3)
+    assert 0 < max(moved.values()) < 1.1 * TINY.lr_joining
 
 
 def test_a_model_learns_from_the_pages(warm):
