@@ -18,6 +18,7 @@ from bench.cross_attention import cpu_model
 from . import features, training, warmup
 from .arms import ARMS, RESOLUTIONS
 from .features import SeenPages
+from .scores import with_scores
 from .sizes import Size
 from .storage import load_json, load_tensors
 from .training import evaluation_samples
@@ -101,7 +102,7 @@ def document(size: Size, folder: Path, command: str) -> dict[str, Any]:
     last = [(sample[-1][0], sample[-1][1][-1]) for _, sample in asked]
     sizes = [words[page][q.target].font_size if q.target is not None else 0 for page, q in last]
     warm_up = {part: load_tensors(folder / "warm_up" / f"{part}.pt") for part in warmup.PARTS}
-    return {
+    found = {
         "header": _header(device, command),
         "size": dataclasses.asdict(size),
         "order": list(ARMS),
@@ -123,6 +124,7 @@ def document(size: Size, folder: Path, command: str) -> dict[str, Any]:
         },
         "arms": [load_json(path) for path in sorted((folder / "arms").glob("*.json"))],
     }
+    return with_scores(found)
 
 
 def _header(device: torch.device, command: str) -> dict[str, Any]:

@@ -100,6 +100,19 @@ def _drawn(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
 
 
+def with_scores(document: Document) -> Document:
+    """The same, every entry of `arms` with its `accuracy` and `by_kind`: fractions right of all questions
+    about one page and of each of `groups`; a group of which nothing was asked is left out."""
+    found = groups(document)
+    asked = {name: mask for name, mask in found.items() if mask.any()}
+    arms = []
+    for entry in document["arms"]:
+        right = np.array([c == "1" for c in entry["correct"]])
+        by_kind = {name: round(float(right[mask].mean()), 4) for name, mask in asked.items()}
+        arms.append({**entry, "accuracy": by_kind.pop("all"), "by_kind": by_kind})
+    return {**document, "arms": arms}
+
+
 def blind_accuracy(document: Document, mask: np.ndarray) -> float:
     """The most that constant answers reach: for every question the one that is right the most often here."""
     asked = document["questions"]

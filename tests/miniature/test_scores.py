@@ -10,7 +10,16 @@ from bench.miniature import __main__ as cli
 from bench.miniature.arms import ARMS
 from bench.miniature.card import card
 from bench.miniature.plots import draw_findings
-from bench.miniature.scores import accuracy, blind_accuracy, findings, groups, interval, sizes_of, table
+from bench.miniature.scores import (
+    accuracy,
+    blind_accuracy,
+    findings,
+    groups,
+    interval,
+    sizes_of,
+    table,
+    with_scores,
+)
 from bench.miniature.storage import save_json
 
 KINDS = ["read", "place", "right_of", "below", "colour", "count", "second_page"]
@@ -65,7 +74,7 @@ def document(rates=RATES, seeds=(0, 1, 2)):
     size |= dict(
         vision_layers=4, vision_width=128, text_layers=8, text_width=96, interval=4, batch=32, turns=4
     )
-    size |= dict(train_pages=6000, evaluated_pages=PAGES)
+    size |= dict(train_pages=6000, evaluated_pages=PAGES, lr_joining=3e-3, lr_gates=0.05, lr_language=2e-4)
     warm_up = {part: {"accuracy": 0.5, "steps": 100, "seconds": 3.0} for part in ("vision", "language")}
     return dict(header=header, size=size, order=list(ARMS), questions=questions, arms=arms, warm_up=warm_up)
 
@@ -160,6 +169,7 @@ def test_table_card_and_readme():
         "12, 24, 44",
         "| dynamic | steps |",
         "10 steps of 32 samples",
+        "peak rates 0.003 (gates 0.05, LLM 0.0002)",
         "**no**",
     ):
         assert part in text
@@ -167,6 +177,21 @@ def test_table_card_and_readme():
     block = cli.readme_block(DOCUMENT, "picture.png")
     assert "](picture.png)" in block and "| 448 |" in block and "interval-2" not in block
     assert "`python -m bench.miniature`" in block
+
+
+def test_every_run_has_its_scores():
+    found = with_scores(DOCUMENT)
+    masks = groups(DOCUMENT)
+    for arm in ("448", "dynamic"):
+        runs = [r for r in found["arms"] if (r["name"], r["match"]) == (arm, "steps")]
+        assert [r["seed"] for r in runs] == [0, 1, 2]
+        for name in ("small_text", "position", "second_page"):
+            mean = sum(r["by_kind"][name] for r in runs) / 3
+            assert mean == pytest.approx(accuracy(DOCUMENT, arm, masks[name]), abs=1e-4)
+        assert sum(r["accuracy"] for r in runs) / 3 == pytest.approx(
+            accuracy(DOCUMENT, arm, masks["all"]), abs=1e-4
+        )
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_pictures(tmp_path):
