@@ -133,12 +133,16 @@ def test_differences_are_paired():
 def test_findings():
     found = {row["claim"]: row for row in findings(DOCUMENT)}
     assert len(found) == 10
-    no = {claim for claim, row in found.items() if not row["holds"]}
-    assert no == {"twice as many gated blocks answer better"}
+    assert all(row["holds"] for row in found.values())
+    flat = {row["claim"]: row for row in findings(document(RATES | {"448-resampler": 0.4}))}
+    assert {claim for claim, row in flat.items() if not row["holds"]} == {
+        "the resampler costs accuracy at 448",
+        "the resampler costs more at 448 than at 224",
+    }
     assert found["dynamic reads small text better than 448"]["difference"] == pytest.approx(0.4, abs=0.1)
     assert found["the resampler costs more at 448 than at 224"]["difference"] == pytest.approx(0.13, abs=0.04)
     level = findings(document(dict.fromkeys(RATES, 0.5)))
-    assert not any(row["holds"] for row in level if "the image" not in row["claim"])
+    assert not any(row["holds"] for row in level if "no better" not in row["claim"])
     assert {row["claim"] for row in findings(document({"448": 0.5, "224": 0.1}))} == {
         "448 reads small text better than 224",
         "448 reads small text better than 224, both at the compute of dynamic",
@@ -148,6 +152,8 @@ def test_findings():
 def test_a_control_that_knows_answers_is_told():
     cheats = {row["claim"]: row for row in findings(document(RATES | {"text-only": 0.9}))}
     assert not cheats["without the image no better than constant answers"]["holds"]
+    better = {row["claim"]: row for row in findings(document(RATES | {"interval-2": 0.95}))}
+    assert not better["twice as many gated blocks answer no better"]["holds"]
 
 
 def test_blind_accuracy_is_the_best_constants():
@@ -170,9 +176,10 @@ def test_table_card_and_readme():
         "| dynamic | steps |",
         "10 steps of 32 samples",
         "peak rates 0.003 (gates 0.05, LLM 0.0002)",
-        "**no**",
+        "| yes |",
     ):
         assert part in text
+    assert "| **no** |" in card(document(RATES | {"dynamic": 0.3}))
     assert "was not run" in card(document({"448": 0.5}))
     block = cli.readme_block(DOCUMENT, "picture.png")
     assert "](picture.png)" in block and "| 448 |" in block and "interval-2" not in block
