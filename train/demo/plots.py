@@ -130,7 +130,7 @@ def plot_attention(
             axes.set_axis_off()
     verdict = "right" if given == expected else f"wrong, expected {expected!r}"
     figure.suptitle(
-        f"Q: {question}   A: {given!r} ({verdict})\ncross-attention, mean over heads, held-out photograph"
+        f"Q: {question}   A: {given!r} ({verdict})\ncross-attention, mean over heads, held-out image"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
