@@ -74,7 +74,7 @@ def processor(size: Size, view: str) -> ImageProcessor:
 
 
 def build(size: Size, name: str, warm_up: Path, seed: int) -> InfiMMHD:
-    """The arm's model: encoders and LLM from the warm-up in folder `warm_up`, all that joins them new.
+    """The arm's model: encoders, resampler and LLM from the warm-up in folder `warm_up`, all else new.
 
     The encoders are frozen; the LLM and what joins them train."""
     torch.manual_seed(seed)
@@ -87,6 +87,9 @@ def build(size: Size, name: str, warm_up: Path, seed: int) -> InfiMMHD:
         model.vision.convnext.load_state_dict(load_tensors(warm_up / "convnext.pt")["part"])
     else:
         model.vision.load_state_dict(vision)
+    if model.config.connector.kind == "resampler":
+        name = "resampler_low" if view == "low" else "resampler"
+        model.connector.load_state_dict(load_tensors(warm_up / f"{name}.pt")["part"])
     model.language.load_state_dict(load_tensors(warm_up / "language.pt")["part"])
     model.set_trainable(("gated_cross_attention", "language"))
     return model

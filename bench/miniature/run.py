@@ -15,7 +15,7 @@ import torch
 from bench import results
 from bench.cross_attention import cpu_model
 
-from . import features, training, warmup
+from . import features, resampler, training, warmup
 from .arms import ARMS, RESOLUTIONS
 from .features import SeenPages
 from .scores import with_scores
@@ -63,6 +63,12 @@ def run_all(size: Size, arms: Sequence[str], seeds: Sequence[int], folder: Path)
     ]
     _side_by_side(jobs, size.arms_at_once)
     jobs = [
+        (f"warm-up of {part}", resampler.warm_up_resampler, (size, folder, device, part))
+        for part, arm in resampler.RESAMPLERS.items()
+        if arm in arms and not (warm_up / f"{part}.pt").exists()
+    ]
+    _side_by_side(jobs, size.arms_at_once)
+    jobs = [
         (f"{arm}, seed {seed}, equal {match}", training.run_arm, (size, arm, seed, match, folder, device))
         for arm, seed, match in runs_of(arms, seeds)
         if not (folder / "arms" / f"{arm}-{seed}-{match}.json").exists()
@@ -101,7 +107,9 @@ def document(size: Size, folder: Path, command: str) -> dict[str, Any]:
     asked = evaluation_samples(words)
     last = [(sample[-1][0], sample[-1][1][-1]) for _, sample in asked]
     sizes = [words[page][q.target].font_size if q.target is not None else 0 for page, q in last]
-    warm_up = {part: load_tensors(folder / "warm_up" / f"{part}.pt") for part in warmup.PARTS}
+    parts = [*warmup.PARTS, *resampler.RESAMPLERS]
+    paths = {part: folder / "warm_up" / f"{part}.pt" for part in parts}
+    warm_up = {part: load_tensors(path) for part, path in paths.items() if path.exists()}
     found = {
         "header": _header(device, command),
         "size": dataclasses.asdict(size),

@@ -55,6 +55,8 @@ class Size:
     language_reads_first: int
     """Of its steps: in these it only spells words that are named by their colour. Among all kinds
     of questions it does not learn to (bench/LOG.md)."""
+    resampler: WarmUp
+    """In pages; of the resamplers for the papers' 224 and 448 each."""
     steps: int
     """Of an arm."""
     batch: int
@@ -105,6 +107,7 @@ SIZES = {
         convnext=WarmUp(steps=20000, batch=4, lr=2e-3),
         language=WarmUp(steps=4000, batch=16, lr=1e-3),
         language_reads_first=1000,
+        resampler=WarmUp(steps=2000, batch=16, lr=1e-3),
         steps=1000,
         batch=16,
         turns=4,
@@ -142,6 +145,7 @@ SIZES = {
         convnext=WarmUp(steps=2000, batch=48, lr=1e-3),
         language=WarmUp(steps=4000, batch=64, lr=7e-4),
         language_reads_first=1000,
+        resampler=WarmUp(steps=2000, batch=64, lr=5e-4),
         steps=1500,
         batch=64,
         turns=4,

@@ -243,7 +243,7 @@ def _warm_up_encoder(
         return _dense_loss(tokens, targets, heads, accuracy)
 
     data = FullPages(size, seed=_SEEDS[name], low=name == "vision_low")
-    found = _train(folder, name, settings, both, data, loss_of, None, size.loader_workers)
+    found = train_part(folder, name, settings, both, data, loss_of, None, size.loader_workers)
     last = float(np.mean(accuracy[-KEEP_EVERY:]))
     save_tensors(folder / f"{name}.pt", {"part": part.state_dict(), "accuracy": last, **found})
 
@@ -282,7 +282,7 @@ def warm_up_language(size: Size, folder: Path, device: torch.device) -> None:
         return answers + texts
 
     data = ToldTexts(size, seed=_SEEDS["language"])
-    found = _train(
+    found = train_part(
         folder, "language", size.language, language, data, loss_of, lambda rows: padded(rows, pad), 0
     )
     last = float(np.mean(right[-KEEP_EVERY:]))
@@ -300,7 +300,7 @@ PARTS = {
 }
 
 
-def _train(
+def train_part(
     folder: Path,
     name: str,
     settings: WarmUp,

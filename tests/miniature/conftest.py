@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench.miniature import features, sizes, training, warmup
+from bench.miniature import features, resampler, sizes, training, warmup
 from bench.miniature.sizes import WarmUp
 from bench.miniature.storage import claim
 
@@ -25,6 +25,7 @@ TINY = dataclasses.replace(
     vision_low=STEPS,
     convnext=STEPS,
     language=STEPS,
+    resampler=STEPS,
     language_reads_first=0,
     steps=2,
     batch=4,
@@ -45,6 +46,8 @@ def warm(tmp_path_factory):
     for view in ("low", "single", "dynamic", "whole"):
         for split in features.SPLITS:
             features.compute(TINY, view, split, folder, CPU)
+    for part in resampler.RESAMPLERS:
+        resampler.warm_up_resampler(TINY, folder, CPU, part)
     return folder
 
 

@@ -157,6 +157,7 @@ def test_a_run_leaves_answers_and_a_model(trained, arm):
 
 def test_answers_are_those_of_generate(trained):
     """The first token of the teacher-forced answer is the one that greedy generation writes."""
+    compared = 0
     model = restored(TINY, "mixture-of-resolution", 0, "steps", trained)
     reader, samples = arguments_of("mixture-of-resolution", trained, model)
     for sample, (given, expected) in zip(samples, answers(reader, samples), strict=True):
@@ -165,7 +166,10 @@ def test_answers_are_those_of_generate(trained):
         prompt = arguments.pop("input_ids")[:, : -len(expected)]
         assert (labels[0, -len(expected) :] == torch.tensor(expected)).all()
         written = model.generate(input_ids=prompt, max_new_tokens=1, **arguments)
-        assert written[0, -1] == given[0]
+        if given[0] != model.config.image_token_id:  # which is never written
+            assert written[0, -1] == given[0]
+            compared += 1
+    assert compared
 
 
 def test_gates_have_a_rate_of_their_own(warm):
