@@ -82,7 +82,8 @@ def _training_line(size: dict[str, Any], runs: list[dict[str, Any]]) -> list[str
     seconds = sum(run["train_seconds"] for run in runs) / len(runs)
     return [
         f"Arm `dynamic`: {runs[0]['steps']:,} steps of {size['batch']} samples, {size['turns']} questions "
-        f"each, peak rates {size['lr_joining']:g} (gates {size['lr_gates']:g}, LLM {size['lr_language']:g}), "
+        f"each, peak rates {size['lr_joining']:g} (gates {size['lr_gates']:g}, LLM {size['lr_language']:g}, "
+        f"resampler, where there is one, {size['lr_resampler']:g}), "
         f"{runs[0]['flops'] / 1e12:.1f} TFLOP, {seconds:.0f} s a seed, {len(runs)} seeds; loss "
         f"{runs[0]['loss'][0]:.3f} to {runs[0]['loss'][-1]:.3f} (means of the first and last twentieth)."
     ]

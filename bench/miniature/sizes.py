@@ -65,7 +65,9 @@ class Size:
     two_pages: float
     """Share of the samples with two pages, each followed by half of the questions."""
     lr_joining: float
-    """Peak rate of gated blocks, connector and adapters, but for the gates."""
+    """Peak rate of gated blocks, connector and adapters, but for gates and resampler."""
+    lr_resampler: float
+    """At `lr_joining` it forgets its warm-up."""
     lr_gates: float
     """Above `lr_joining`: while the gates are almost closed, Adam's steps in what they gate are noise, and
     attention settles on that before it finds where a word stands (bench/LOG.md)."""
@@ -113,6 +115,7 @@ SIZES = {
         turns=4,
         two_pages=0.2,
         lr_joining=3e-3,
+        lr_resampler=3e-4,
         lr_gates=0.05,
         lr_language=2e-4,
         train_pages=6000,
@@ -151,6 +154,7 @@ SIZES = {
         turns=4,
         two_pages=0.2,
         lr_joining=1.5e-3,
+        lr_resampler=2e-4,
         lr_gates=0.05,
         lr_language=1e-4,
         train_pages=12000,

@@ -155,15 +155,18 @@ def train(size: Size, reader: Reader, words: Sequence[Sequence[Word]], steps: in
     """The loss of every step. Pages and questions are the same for all arms of one seed."""
     model = reader.model.train()
     groups = model.parameter_groups()
-    joining = groups["gated_cross_attention"]
-    gates = [p for name, p in joining if name.endswith("_gate")]
-    rates = (
-        (size.lr_gates, gates),
-        (size.lr_joining, [p for name, p in joining if not name.endswith("_gate")]),
-        (size.lr_language, [p for _, p in groups["language"]]),
-    )
+    is_resampler = model.config.connector.kind == "resampler"
+    by_rate: dict[float, list[nn.Parameter]] = {size.lr_language: [p for _, p in groups["language"]]}
+    for name, parameter in groups["gated_cross_attention"]:
+        if name.endswith("_gate"):
+            rate = size.lr_gates
+        elif is_resampler and name.startswith("connector."):
+            rate = size.lr_resampler
+        else:
+            rate = size.lr_joining
+        by_rate.setdefault(rate, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": parameters, "peak": rate, "lr": rate} for rate, parameters in rates if parameters],
+        [{"params": parameters, "peak": rate, "lr": rate} for rate, parameters in by_rate.items()],
         betas=(0.9, 0.98),
         weight_decay=0.01,
     )

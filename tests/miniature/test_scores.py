@@ -74,7 +74,14 @@ def document(rates=RATES, seeds=(0, 1, 2)):
     size |= dict(
         vision_layers=4, vision_width=128, text_layers=8, text_width=96, interval=4, batch=32, turns=4
     )
-    size |= dict(train_pages=6000, evaluated_pages=PAGES, lr_joining=3e-3, lr_gates=0.05, lr_language=2e-4)
+    size |= dict(
+        train_pages=6000,
+        evaluated_pages=PAGES,
+        lr_joining=3e-3,
+        lr_gates=0.05,
+        lr_language=2e-4,
+        lr_resampler=3e-4,
+    )
     warm_up = {part: {"accuracy": 0.5, "steps": 100, "seconds": 3.0} for part in ("vision", "language")}
     return dict(header=header, size=size, order=list(ARMS), questions=questions, arms=arms, warm_up=warm_up)
 
@@ -175,7 +182,7 @@ def test_table_card_and_readme():
         "12, 24, 44",
         "| dynamic | steps |",
         "10 steps of 32 samples",
-        "peak rates 0.003 (gates 0.05, LLM 0.0002)",
+        "peak rates 0.003 (gates 0.05, LLM 0.0002, resampler, where there is one, 0.0003)",
         "| yes |",
     ):
         assert part in text

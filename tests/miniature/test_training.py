@@ -183,6 +183,23 @@ def test_gates_have_a_rate_of_their_own(warm):
     assert 0 < max(moved.values()) < 1.1 * TINY.lr_joining
 
 
+def test_the_resampler_has_a_rate_of_its_own(warm):
+    """At the rate of the new parts beside it, it forgot its warm-up and its arm read nothing."""
+    reader, _ = arguments_of("448-resampler", warm)
+    for name, parameter in reader.model.named_parameters():
+        if name.endswith("_gate"):
+            torch.nn.init.ones_(parameter)  # behind closed gates nothing moves in the first step
+    before = {name: p.detach().clone() for name, p in reader.model.named_parameters()}
+    train(TINY, reader, reader.pages.words, 1, seed=0)
+    for part, rate in (("connector.", TINY.lr_resampler), ("gated_blocks.", TINY.lr_joining)):
+        moved = [
+            (p - before[name]).abs().max()
+            for name, p in reader.model.named_parameters()
+            if name.startswith(part) and not name.endswith("_gate")
+        ]
+        assert 0.9 * rate < max(moved) < 1.1 * rate, part
+
+
 def test_a_model_learns_from_the_pages(warm):
     """A few steps on three samples: labels, gates and optimizer are joined up."""
     reader, samples = arguments_of("dynamic", warm)
