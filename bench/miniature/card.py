@@ -21,8 +21,8 @@ def card(document: Document) -> str:
         "",
         f"A ViT of {size['vision_layers']} layers, {size['vision_width']} wide, reads windows of "
         f"{size['window']} pixels in patches of {size['patch']}; an LLM of {size['text_layers']} layers, "
-        f"{size['text_width']} wide, reads them through gated cross-attention before every "
-        f"{size['interval']}th layer. A page has {2 * size['window']} pixels a side: four windows and a "
+        f"{size['text_width']} wide, reads them through gated cross-attention, a block for "
+        f"every {size['interval']} layers. A page has {2 * size['window']} pixels a side: four windows and a "
         "thumbnail. It shows how parts of the system compare, and is of no use for real documents.",
         "",
         "## Data",
@@ -35,7 +35,8 @@ def card(document: Document) -> str:
         "",
         "## Training",
         "",
-        "Encoders and LLM are warmed up apart and shared by all arms; the encoders are frozen after it.",
+        "Encoders, resamplers and LLM are warmed up apart and shared by all arms; the encoders are then "
+        "frozen.",
         "",
         *markdown(
             [
