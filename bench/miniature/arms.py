@@ -44,6 +44,8 @@ ARMS = {
     ),
     "text-only": Arm("dynamic", paper="no image: what the questions alone give", images=False),
 }
+RESAMPLERS = {"224-resampler": "resampler_low", "448-resampler": "resampler"}
+"""Arm -> the part of the warm-up that its resampler starts from."""
 RESOLUTIONS = ("224", "448", "dynamic")
 """Arms that are also compared at equal compute: the first two train longer, as long as the third costs."""
 
@@ -87,9 +89,8 @@ def build(size: Size, name: str, warm_up: Path, seed: int) -> InfiMMHD:
         model.vision.convnext.load_state_dict(load_tensors(warm_up / "convnext.pt")["part"])
     else:
         model.vision.load_state_dict(vision)
-    if model.config.connector.kind == "resampler":
-        name = "resampler_low" if view == "low" else "resampler"
-        model.connector.load_state_dict(load_tensors(warm_up / f"{name}.pt")["part"])
+    if name in RESAMPLERS:
+        model.connector.load_state_dict(load_tensors(warm_up / f"{RESAMPLERS[name]}.pt")["part"])
     model.language.load_state_dict(load_tensors(warm_up / "language.pt")["part"])
     model.set_trainable(("gated_cross_attention", "language"))
     return model

@@ -15,17 +15,14 @@ from model.connector import build_connector
 from train.data.painting import COLOUR_NAMES
 from train.demo.painted import DIGITS
 
-from .arms import arm_config
+from .arms import ARMS, RESAMPLERS, arm_config
 from .features import SeenPages
 from .pages import PLACES, WORD_LENGTH, Word
 from .sizes import Size
 from .storage import save_tensors
 from .warmup import KEEP_EVERY, START, train_part
 
-RESAMPLERS = {"resampler": "448-resampler", "resampler_low": "224-resampler"}
-"""Part -> the arm that it is for."""
-VIEWS = {"resampler": "single", "resampler_low": "low"}
-_SEEDS = {"resampler": 105, "resampler_low": 106}
+_SEEDS = {"448-resampler": 105, "224-resampler": 106}
 CLASSES = (len(COLOUR_NAMES) + 1, *[len(DIGITS) + 1] * WORD_LENGTH)
 
 
@@ -52,10 +49,10 @@ class NamedPages(Dataset):
         return self.pages.visual([page], torch.device("cpu"))[0, 0], named(self.pages.words[page])
 
 
-def warm_up_resampler(size: Size, folder: Path, device: torch.device, name: str) -> None:
-    """folder/warm_up/<name>.pt, from the features in `folder`."""
+def warm_up_resampler(size: Size, folder: Path, device: torch.device, arm: str) -> None:
+    """folder/warm_up/<the arm's part>.pt, from the features in `folder`."""
     torch.manual_seed(START)
-    config = arm_config(size, RESAMPLERS[name])
+    config = arm_config(size, arm)
     width = config.vision_config.hidden_size
     resampler = build_connector(config.connector, width, width)
     heads = nn.ModuleList(nn.Linear(width, n) for n in CLASSES)
@@ -72,7 +69,8 @@ def warm_up_resampler(size: Size, folder: Path, device: torch.device, name: str)
         right.append(torch.stack(found[1:]).float().mean().item())
         return sum(F.cross_entropy(x.flatten(0, 1), expected[..., i].flatten()) for i, x in enumerate(logits))
 
-    data = NamedPages(SeenPages(folder, VIEWS[name], "train"), _SEEDS[name])
+    data = NamedPages(SeenPages(folder, ARMS[arm].view, "train"), _SEEDS[arm])
+    name = RESAMPLERS[arm]
     found = train_part(folder / "warm_up", name, size.resampler, both, data, loss_of, None, 0)
     last = sum(right[-KEEP_EVERY:]) / len(right[-KEEP_EVERY:])
     save_tensors(

@@ -16,7 +16,7 @@ from bench import results
 from bench.cross_attention import cpu_model
 
 from . import features, resampler, training, warmup
-from .arms import ARMS, RESOLUTIONS
+from .arms import ARMS, RESAMPLERS, RESOLUTIONS
 from .features import SeenPages
 from .scores import with_scores
 from .sizes import Size
@@ -63,8 +63,8 @@ def run_all(size: Size, arms: Sequence[str], seeds: Sequence[int], folder: Path)
     ]
     _side_by_side(jobs, size.arms_at_once)
     jobs = [
-        (f"warm-up of {part}", resampler.warm_up_resampler, (size, folder, device, part))
-        for part, arm in resampler.RESAMPLERS.items()
+        (f"warm-up of {part}", resampler.warm_up_resampler, (size, folder, device, arm))
+        for arm, part in RESAMPLERS.items()
         if arm in arms and not (warm_up / f"{part}.pt").exists()
     ]
     _side_by_side(jobs, size.arms_at_once)
@@ -107,7 +107,7 @@ def document(size: Size, folder: Path, command: str) -> dict[str, Any]:
     asked = evaluation_samples(words)
     last = [(sample[-1][0], sample[-1][1][-1]) for _, sample in asked]
     sizes = [words[page][q.target].font_size if q.target is not None else 0 for page, q in last]
-    parts = [*warmup.PARTS, *resampler.RESAMPLERS]
+    parts = [*warmup.PARTS, *RESAMPLERS.values()]
     paths = {part: folder / "warm_up" / f"{part}.pt" for part in parts}
     warm_up = {part: load_tensors(path) for part, path in paths.items() if path.exists()}
     found = {

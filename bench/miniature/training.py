@@ -155,12 +155,12 @@ def train(size: Size, reader: Reader, words: Sequence[Sequence[Word]], steps: in
     """The loss of every step. Pages and questions are the same for all arms of one seed."""
     model = reader.model.train()
     groups = model.parameter_groups()
-    is_resampler = model.config.connector.kind == "resampler"
+    has_resampler = model.config.connector.kind == "resampler"
     by_rate: dict[float, list[nn.Parameter]] = {size.lr_language: [p for _, p in groups["language"]]}
     for name, parameter in groups["gated_cross_attention"]:
         if name.endswith("_gate"):
             rate = size.lr_gates
-        elif is_resampler and name.startswith("connector."):
+        elif has_resampler and name.startswith("connector."):
             rate = size.lr_resampler
         else:
             rate = size.lr_joining

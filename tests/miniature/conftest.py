@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.miniature import features, resampler, sizes, training, warmup
+from bench.miniature.arms import RESAMPLERS
 from bench.miniature.sizes import WarmUp
 from bench.miniature.storage import claim
 
@@ -46,8 +47,8 @@ def warm(tmp_path_factory):
     for view in ("low", "single", "dynamic", "whole"):
         for split in features.SPLITS:
             features.compute(TINY, view, split, folder, CPU)
-    for part in resampler.RESAMPLERS:
-        resampler.warm_up_resampler(TINY, folder, CPU, part)
+    for arm in RESAMPLERS:
+        resampler.warm_up_resampler(TINY, folder, CPU, arm)
     return folder
 
 

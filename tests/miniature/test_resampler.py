@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from bench.miniature.arms import build
+from bench.miniature.arms import RESAMPLERS, build
 from bench.miniature.features import SeenPages
 from bench.miniature.pages import Word
-from bench.miniature.resampler import RESAMPLERS, NamedPages, named, warm_up_resampler
+from bench.miniature.resampler import NamedPages, named, warm_up_resampler
 from bench.miniature.storage import load_tensors
 
 from .conftest import CPU, TINY
@@ -32,13 +32,11 @@ def test_pages_come_with_their_own_words(warm):
     assert torch.equal(data[3][0], NamedPages(pages, 0)[3][0])
 
 
-@pytest.mark.parametrize(
-    ("arm", "part"), [("448-resampler", "resampler"), ("224-resampler", "resampler_low")]
-)
+@pytest.mark.parametrize(("arm", "part"), RESAMPLERS.items())
 def test_arms_start_from_it(warm, arm, part):
     """From a new resampler no arm learned to read, however it was trained."""
     kept = load_tensors(warm / "warm_up" / f"{part}.pt")["part"]
-    model = build(TINY, RESAMPLERS[part], warm / "warm_up", 0)
+    model = build(TINY, arm, warm / "warm_up", 0)
     assert all(torch.equal(value, kept[name]) for name, value in model.connector.state_dict().items())
     assert any(p.requires_grad for p in model.connector.parameters()), "it is trained on with the arm"
 
@@ -46,6 +44,6 @@ def test_arms_start_from_it(warm, arm, part):
 def test_it_learns(warm, tmp_path):
     (tmp_path / "features").symlink_to(warm / "features")
     settings = dataclasses.replace(TINY.resampler, steps=60, batch=8, lr=5e-3)
-    warm_up_resampler(dataclasses.replace(TINY, resampler=settings), tmp_path, CPU, "resampler")
+    warm_up_resampler(dataclasses.replace(TINY, resampler=settings), tmp_path, CPU, "448-resampler")
     losses = load_tensors(tmp_path / "warm_up" / "resampler.pt")["loss"]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
